@@ -1,0 +1,63 @@
+//! Why the store refused something. Errors of single requests are [`muster_block::BlockError`]s.
+
+use muster_block::BlockErrorKind;
+use muster_common::{ByteLen, Digest, ErrorCode, VolumeId};
+
+/// Why an operation on the store, an image or a volume as a whole was not done.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    #[error("the memory budget of {budget} does not hold {needed} more")]
+    NoSpace { budget: ByteLen, needed: ByteLen },
+    #[error("image {} is resident already", .0.short())]
+    ImageExists(Digest),
+    #[error("image {} is being built by somebody else", .0.short())]
+    ImageInProgress(Digest),
+    #[error("image {} is not resident", .0.short())]
+    ImageNotFound(Digest),
+    #[error("image {} is in use by {volumes} volumes", .digest.short())]
+    ImageInUse { digest: Digest, volumes: usize },
+    #[error("volume {0} exists already")]
+    VolumeExists(VolumeId),
+    #[error("there is no volume {0}")]
+    VolumeNotFound(VolumeId),
+    #[error("a volume of {size} cannot start from {base}, which is larger")]
+    SmallerThanBase { size: ByteLen, base: ByteLen },
+    #[error("{size} is no size for a volume: {rule}")]
+    Size { size: ByteLen, rule: &'static str },
+    #[error("the snapshot belongs to another store")]
+    ForeignSnapshot,
+    #[error("the volume was deleted")]
+    Deleted,
+    #[error("reserve {size} of address space for {what}")]
+    Map { what: &'static str, size: ByteLen, source: std::io::Error },
+    #[error("a budget of {budget} is outside of what the store can manage ({least} to {most})")]
+    Budget { budget: ByteLen, least: ByteLen, most: ByteLen },
+}
+
+impl StoreError {
+    /// The code that travels on the wire and in REST bodies.
+    pub const fn code(&self) -> ErrorCode {
+        match self {
+            Self::NoSpace { .. } => ErrorCode::NoSpace,
+            Self::ImageExists(_) | Self::VolumeExists(_) => ErrorCode::AlreadyExists,
+            Self::ImageInProgress(_) => ErrorCode::Conflict,
+            Self::ImageNotFound(_) | Self::VolumeNotFound(_) => ErrorCode::NotFound,
+            Self::ImageInUse { .. } => ErrorCode::InUse,
+            Self::SmallerThanBase { .. } | Self::Size { .. } | Self::ForeignSnapshot | Self::Budget { .. } => {
+                ErrorCode::InvalidArgument
+            }
+            Self::Deleted => ErrorCode::VolumeLost,
+            Self::Map { .. } => ErrorCode::Unavailable,
+        }
+    }
+
+    /// The nearest kind of a single request.
+    pub const fn block_kind(&self) -> BlockErrorKind {
+        match self {
+            Self::NoSpace { .. } => BlockErrorKind::NoSpace,
+            Self::Deleted => BlockErrorKind::Fenced,
+            _ => BlockErrorKind::Invalid,
+        }
+    }
+}
