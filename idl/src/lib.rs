@@ -2,7 +2,7 @@
 //!
 //! Data only. `idl/muster_v1.idl` is what other vendors compile; [`v1`] is its Rust mirror, field by field in
 //! the same order, because XCDR1 of a `@final` type is the fields in IDL order and nothing else. [`topics`] is
-//! the table of all topics: read it first.
+//! the table of all topics: read it first. [`arguments`] is the JSON inside arguments and results.
 //!
 //! Invariants:
 //! 1. A `@final` type cannot grow. A changed type is a new version: new module, new topic names (`muster_v2_…`).
@@ -15,6 +15,7 @@
 //! Owns no threads and no locks. Deliberately knows nothing of rustdds: `muster-bus` wraps these types.
 #![forbid(unsafe_code)]
 
+pub mod arguments;
 pub mod topics;
 pub mod v1;
 
