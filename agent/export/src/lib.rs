@@ -1,0 +1,63 @@
+//! Serves any [`BlockDevice`](muster_block::BlockDevice) over the NBD protocol (unix sockets and TCP).
+//!
+//! Main types: [`NbdServer`] listens; a [`Registry`] (or any [`ExportCatalog`]) says what is offered; an [`Export`] is
+//! one device under one name with its sessions and [`ExportStatistics`]. Below them, without I/O: [`protocol`] (bytes),
+//! [`handshake`] (negotiation), [`transmission`] (what a request means). [`replay`] runs a whole connection over
+//! recorded bytes.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use muster_block::model::MemoryDevice;
+//! use muster_common::ByteLen;
+//! use muster_export::{NbdConfig, NbdServer, Registry};
+//!
+//! # let directory = tempfile::tempdir()?;
+//! let registry = Arc::new(Registry::new());
+//! registry.add("volume.1", Arc::new(MemoryDevice::new(ByteLen::mib(1))))?;
+//! let server = NbdServer::start(NbdConfig::unix(directory.path().join("nbd.sock")), registry.clone())?;
+//! // nbdinfo 'nbd+unix:///volume.1?socket=...'
+//! registry.remove("volume.1", std::time::Duration::from_secs(1))?;
+//! server.stop();
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! What is spoken: fixed newstyle negotiation with `EXPORT_NAME`, `ABORT`, `LIST`, `INFO`, `GO`, `STRUCTURED_REPLY`,
+//! `LIST_META_CONTEXT`, `SET_META_CONTEXT` (`base:allocation`); `READ` (fragments with holes, `DF`), `WRITE`, `FLUSH`,
+//! `FUA`, `TRIM`, `WRITE_ZEROES` (`NO_HOLE`, `FAST_ZERO`), `BLOCK_STATUS` (`REQ_ONE`), `CACHE`, `DISC`.
+//!
+//! Invariants:
+//! 1. Memory per connection is fixed (about 1 MiB) whatever a client sends or asks for.
+//! 2. A payload is not copied between the socket buffer and the device: it is received into, and sent from, the
+//!    memory the device is given.
+//! 3. The device is called only with ranges inside it, and only while the export is not fenced.
+//! 4. A panic of a device fences its export (every later request is an I/O error) and leaves the process, the other
+//!    exports and even the connection alive.
+//! 5. A reply is sent for every request received completely, unless the connection is cut; a connection that breaks the
+//!    protocol is closed.
+//! 6. When [`Registry::remove`] returns `Ok`, no session uses the device any more.
+//! 7. A flush covers every write answered before it was received, on any connection (`CAN_MULTI_CONN`): it is the
+//!    device's flush.
+//! 8. Requests of one connection are answered in any order; a long read or trim does not hold up short ones behind it.
+//!
+//! Threads: `nbd-accept`, and `nbd-<n>` for each connection. Locks: see [`registry`].
+//!
+//! Deliberately not here: TLS and extended headers (later), any meaning of export names, retries, caching, ordering
+//! between requests in flight. TCP is unprotected and meant for trusted networks and tests until TLS is here.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+mod connection;
+pub mod handshake;
+pub mod protocol;
+pub mod registry;
+mod server;
+mod session;
+pub mod statistics;
+pub mod transmission;
+mod transport;
+
+pub use connection::replay;
+pub use handshake::{HandshakeLimits, Offer, Refusal};
+pub use registry::{Export, ExportCatalog, Peer, Registry, RegistryError};
+pub use server::{Listen, NbdConfig, NbdServer, ServerError};
+pub use statistics::{ExportStatistics, Operation, OperationStatistics};

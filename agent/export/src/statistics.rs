@@ -1,0 +1,175 @@
+//! What an export did, counted where it happens: libvirt cannot count every kind of disk, so the export does.
+//!
+//! Latency is the time from receiving a request's last needed byte to its reply being ready, waiting behind earlier
+//! requests of the same connection included; the time on the socket is not ours to see.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+/// Buckets of a latency histogram. Bucket `i` counts latencies in `[2^i, 2^(i+1))` ns; the first also takes 0, the last
+/// everything above 2^35 ns (34 s).
+pub const BUCKETS: usize = 36;
+
+/// What was asked for. The number is the index into [`Statistics`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Operation {
+    /// Read.
+    Read = 0,
+    /// Write.
+    Write = 1,
+    /// Flush.
+    Flush = 2,
+    /// Trim.
+    Trim = 3,
+    /// Write zeroes.
+    WriteZeroes = 4,
+    /// Block status.
+    BlockStatus = 5,
+    /// Prefetch.
+    Cache = 6,
+}
+
+impl Operation {
+    /// Every operation, in the order of their numbers.
+    pub const ALL: [Operation; 7] = [
+        Operation::Read,
+        Operation::Write,
+        Operation::Flush,
+        Operation::Trim,
+        Operation::WriteZeroes,
+        Operation::BlockStatus,
+        Operation::Cache,
+    ];
+}
+
+/// Counters of one export, shared by its sessions. Every counter is exact; a snapshot taken meanwhile may see one
+/// counter of a request and not yet another.
+#[derive(Debug, Default)]
+pub struct Statistics {
+    operations: [Counter; Operation::ALL.len()],
+}
+
+#[derive(Debug, Default)]
+struct Counter {
+    bytes: AtomicU64,
+    errors: AtomicU64,
+    total_ns: AtomicU64,
+    // The number of requests is the sum of the histogram: one atomic less per request.
+    histogram: Histogram,
+}
+
+#[derive(Debug)]
+struct Histogram([AtomicU64; BUCKETS]);
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Histogram(std::array::from_fn(|_| AtomicU64::new(0)))
+    }
+}
+
+/// The bucket of a latency.
+pub fn bucket(latency: Duration) -> usize {
+    let ns = latency.as_nanos().min(u128::from(u64::MAX)) as u64;
+    (63 - (ns | 1).leading_zeros() as usize).min(BUCKETS - 1)
+}
+
+impl Statistics {
+    /// Counts one finished request.
+    pub fn record(&self, operation: Operation, bytes: u64, latency: Duration, failed: bool) {
+        let counter = &self.operations[operation as usize];
+        if failed {
+            counter.errors.fetch_add(1, Relaxed);
+        } else if bytes > 0 {
+            counter.bytes.fetch_add(bytes, Relaxed);
+        }
+        counter.total_ns.fetch_add(latency.as_nanos() as u64, Relaxed);
+        counter.histogram.0[bucket(latency)].fetch_add(1, Relaxed);
+    }
+
+    /// The counters now.
+    pub fn snapshot(&self) -> ExportStatistics {
+        ExportStatistics {
+            operations: std::array::from_fn(|index| {
+                let counter = &self.operations[index];
+                let histogram: [u64; BUCKETS] = std::array::from_fn(|bucket| counter.histogram.0[bucket].load(Relaxed));
+                OperationStatistics {
+                    requests: histogram.iter().sum(),
+                    bytes: counter.bytes.load(Relaxed),
+                    errors: counter.errors.load(Relaxed),
+                    total: Duration::from_nanos(counter.total_ns.load(Relaxed)),
+                    histogram,
+                }
+            }),
+        }
+    }
+}
+
+/// A snapshot of the counters of an export since it was added.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ExportStatistics {
+    operations: [OperationStatistics; Operation::ALL.len()],
+}
+
+impl ExportStatistics {
+    /// The counters of one kind of request.
+    pub fn of(&self, operation: Operation) -> &OperationStatistics {
+        &self.operations[operation as usize]
+    }
+}
+
+/// The counters of one kind of request.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OperationStatistics {
+    /// Finished requests, failed ones included.
+    pub requests: u64,
+    /// Bytes of the successful ones.
+    pub bytes: u64,
+    /// Failed ones.
+    pub errors: u64,
+    /// Sum of the latencies.
+    pub total: Duration,
+    /// Latencies; see [`BUCKETS`].
+    pub histogram: [u64; BUCKETS],
+}
+
+impl OperationStatistics {
+    /// Upper bound of the bucket that holds the given fraction (0 to 1) of the requests; `None` without requests.
+    pub fn quantile(&self, fraction: f64) -> Option<Duration> {
+        let wanted = (self.requests as f64 * fraction.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
+        let mut seen = 0;
+        for (index, count) in self.histogram.iter().enumerate() {
+            seen += count;
+            if seen >= wanted {
+                return Some(Duration::from_nanos(1 << (index + 1)));
+            }
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_are_powers_of_two_and_the_ends_take_the_rest() {
+        for (ns, expected) in [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (1023, 9), (1024, 10), (u64::MAX, BUCKETS - 1)] {
+            assert_eq!(bucket(Duration::from_nanos(ns)), expected, "{ns} ns");
+        }
+    }
+
+    #[test]
+    fn a_snapshot_holds_what_was_recorded() {
+        let statistics = Statistics::default();
+        for _ in 0..99 {
+            statistics.record(Operation::Read, 4096, Duration::from_nanos(1000), false);
+        }
+        statistics.record(Operation::Read, 4096, Duration::from_micros(1000), true);
+        let snapshot = statistics.snapshot();
+        let reads = snapshot.of(Operation::Read);
+        assert_eq!((reads.requests, reads.errors, reads.bytes), (100, 1, 99 * 4096));
+        assert_eq!(reads.quantile(0.5), Some(Duration::from_nanos(1024)));
+        assert_eq!(reads.quantile(1.0), Some(Duration::from_nanos(1 << 20)));
+        assert_eq!(snapshot.of(Operation::Write).quantile(0.5), None);
+    }
+}
