@@ -23,12 +23,16 @@
 
 #![deny(unsafe_code)]
 
+mod base64;
+pub mod conformance;
 mod error;
 mod hypervisor;
+pub mod libvirt;
 mod pool;
 mod screenshot;
 mod spec;
 mod state;
+mod subscribers;
 
 pub use error::{HypervisorError, HypervisorErrorKind, Result};
 pub use hypervisor::{Capabilities, Hypervisor, HypervisorInfo, HypervisorKind, ShutdownMode};
@@ -51,8 +55,13 @@ use std::sync::Arc;
 ///
 /// `NotInstalled` says which package is missing, `Connection` that it is there and refused.
 pub fn open(uri: &str) -> Result<Arc<dyn Hypervisor>> {
+    if uri.starts_with("qemu:") || uri.starts_with("qemu+unix:") || uri.starts_with("test:") {
+        return Ok(Arc::new(libvirt::Libvirt::open(uri)?));
+    }
     Err(HypervisorError::new(
-        HypervisorErrorKind::NotInstalled,
-        format!("open hypervisor {uri}: not built yet"),
+        HypervisorErrorKind::InvalidSpec,
+        format!(
+            "open hypervisor {uri}: expected qemu:///embed?root=DIR, qemu:///system, test:///default or sim:///"
+        ),
     ))
 }

@@ -1,0 +1,24 @@
+//! libvirt's mock driver.
+
+use muster_common::id::VmId;
+use muster_common::units::ByteLen;
+use muster_virt::{Accel, Boot, DomainSpec, conformance};
+
+#[test]
+fn the_mock_driver_conforms() {
+    let hypervisor = muster_virt::open("test:///default").unwrap();
+    let spec = |vm: VmId, name: &str| {
+        let boot = Boot::Direct {
+            kernel: "/k".into(),
+            initrd: None,
+            cmdline: String::new(),
+        };
+        DomainSpec::new(vm, name, ByteLen::mib(256), boot, Accel::Tcg)
+    };
+    let report = conformance::run(
+        hypervisor.as_ref(),
+        &conformance::Options::real_time("mock", &spec),
+    )
+    .unwrap();
+    println!("skipped: {:?}", report.skipped);
+}
