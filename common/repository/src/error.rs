@@ -60,6 +60,11 @@ pub enum RepositoryError {
     TooLarge { what: &'static str, size: u64, limit: u64 },
     #[error("the storage holds objects but no repository header: not a repository, or its header was lost")]
     NotARepository,
+    #[error("encode a reference's payload")]
+    InvalidPayload {
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// The progress callback said stop. What was written is garbage that prune removes.
     #[error("cancelled")]
     Cancelled,
@@ -77,7 +82,7 @@ impl RepositoryError {
             | Self::UnknownBlob { .. }
             | Self::UnknownChunk { .. }
             | Self::UnknownReference { .. } => ErrorCode::NotFound,
-            Self::InvalidName { .. } | Self::TooLarge { .. } => ErrorCode::InvalidArgument,
+            Self::InvalidName { .. } | Self::TooLarge { .. } | Self::InvalidPayload { .. } => ErrorCode::InvalidArgument,
             Self::ReferenceExists { .. } => ErrorCode::AlreadyExists,
             Self::Cancelled => ErrorCode::Cancelled,
         }

@@ -51,7 +51,7 @@ impl RawImage {
 
     /// Refuses a length that no disk has.
     pub(crate) fn checked(self) -> Result<Self, SourceError> {
-        if self.size % 512 != 0 {
+        if !self.size.is_multiple_of(512) {
             return Err(SourceError::OddSize { size: self.size });
         }
         Ok(self)
