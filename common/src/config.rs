@@ -45,8 +45,8 @@ pub fn load<T: DeserializeOwned>(
     let mut table = match file {
         None => Table::new(),
         Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+            let text =
+                std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
             text.parse::<Table>()
                 .map_err(|source| ConfigError::Parse { path: path.into(), source: Box::new(source) })?
         }
@@ -115,8 +115,7 @@ mod tests {
             ("T_STORE__BUDGET".to_string(), "2GiB".to_string()),
             ("OTHER_NAME".to_string(), "x".to_string()),
         ];
-        let got: Sample =
-            load(Some(&path), "T", environment, &[("name".to_string(), "flag".to_string())]).unwrap();
+        let got: Sample = load(Some(&path), "T", environment, &[("name".to_string(), "flag".to_string())]).unwrap();
         assert_eq!(got, Sample { name: "flag".into(), store: Store { budget: crate::ByteLen::gib(2) } });
     }
 

@@ -134,11 +134,8 @@ impl fmt::Debug for Digest {
 impl FromStr for Digest {
     type Err = ParseIdError;
     fn from_str(text: &str) -> Result<Self, ParseIdError> {
-        let wrong = || ParseIdError {
-            kind: "digest",
-            expected: "expected 64 hexadecimal digits",
-            text: text.to_string(),
-        };
+        let wrong =
+            || ParseIdError { kind: "digest", expected: "expected 64 hexadecimal digits", text: text.to_string() };
         let mut bytes = [0; 32];
         if text.len() != 64 || !text.is_ascii() {
             return Err(wrong());

@@ -30,7 +30,7 @@ pub mod top;
 pub mod vm;
 
 pub use backup::{Backup, BackupVolume};
-pub use client::{Client, ClientError, Endpoint};
+pub use client::{Client, ClientError, Endpoint, Upload};
 pub use command::{
     Command, CommandEvent, CommandQuery, CommandState, CommandSummary, CreateCommand, Member, Outcome, Progress, TargetKind, Verb,
     Verdict,

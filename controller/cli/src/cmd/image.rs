@@ -1,0 +1,260 @@
+//! Images and templates.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use anyhow::{Context, bail};
+use muster_api::{
+    BootFiles, CreateTemplate, Endpoint, Estimate, EstimateRequest, Image, ImageFormat as Format, ImportByPath,
+    ImportQuery, Job, JobState, NetworkMode, PullImage, TargetKind, Template, Upload, Verb,
+};
+use muster_common::{ByteLen, ErrorCode};
+
+use super::{Session, command};
+use crate::{
+    Ended,
+    args::{ImageFormat, ImageVerb, TemplateVerb},
+    output::{Table, print},
+    progress::{StatusLine, bar, job_line},
+};
+
+pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
+    let client = &session.client;
+    match verb {
+        ImageVerb::Ls => {
+            print(session.output, &client.all_images().await?, |images| list(images))?;
+        }
+        ImageVerb::Show { image } => print(session.output, &client.image(&image).await?, show)?,
+        ImageVerb::Import { file, name, format, kernel, initrd, cmdline } => {
+            let name = match name {
+                Some(name) => name,
+                None => file
+                    .file_stem()
+                    .and_then(|s| s.to_str())
+                    .map(str::to_string)
+                    .with_context(|| format!("make a name of {} (say --name)", file.display()))?,
+            };
+            let started = super::now_us();
+            let job =
+                import(session, &file, &name, format.into(), kernel.as_deref(), initrd.as_deref(), cmdline).await?;
+            let took = super::now_us().saturating_sub(started);
+            let image: Image = finish(job)?;
+            print(session.output, &image, |i| {
+                format!(
+                    "{}@{}: {} logical, {} in 4 KiB blocks that are unique, {} new in the repository, imported in {}\n",
+                    i.name,
+                    i.revision,
+                    ByteLen(i.logical_bytes),
+                    ByteLen(i.resident_estimate_bytes),
+                    ByteLen(i.new_bytes),
+                    crate::output::duration(took)
+                )
+            })?;
+        }
+        ImageVerb::Estimate { file, format } => {
+            let path = absolute(&file)?;
+            let estimate = client.estimate_file(&EstimateRequest { path, format: format.into() }).await?;
+            print(session.output, &estimate, |e: &Estimate| {
+                let mut text = format!(
+                    "{} logical, {} resident in an empty store\n",
+                    ByteLen(e.logical_bytes),
+                    ByteLen(e.resident_bytes)
+                );
+                if !e.too_large_for.is_empty() {
+                    text += &format!("too large for: {}\n", e.too_large_for.join(" "));
+                }
+                text
+            })?;
+        }
+        ImageVerb::Pull { image, target } => {
+            let pull =
+                PullImage { target: target.targets.clone(), timeout_seconds: Some(command::seconds(&target.deadline)) };
+            let order = client.pull_image(&image, &pull, Some(&command::idempotency_key())).await?;
+            return command::finish(session, &order, &target.deadline).await;
+        }
+        ImageVerb::Drop { image, target } => {
+            let digest = client.image(&image).await?.digest.to_string();
+            let arguments = [("digest".to_string(), digest.into())].into();
+            return command::order(session, Verb::ImageDrop, TargetKind::Host, target, arguments).await;
+        }
+        ImageVerb::Verify { image } => {
+            let job = client.verify_image(&image).await?;
+            let job = follow_job(session, &job).await?;
+            let verified: serde_json::Value = finish(job)?;
+            print(session.output, &verified, |_| format!("{image}: every chunk is what its digest says\n"))?;
+        }
+        ImageVerb::Delete { image } => client.delete_image(&image).await?,
+    }
+    Ok(Ended::AllDone)
+}
+
+/// On one machine the controller reads the file itself, so that holes stay holes; what it may not or cannot read is sent.
+async fn import(
+    session: &Session,
+    file: &Path,
+    name: &str,
+    format: Format,
+    kernel: Option<&Path>,
+    initrd: Option<&Path>,
+    cmdline: Option<String>,
+) -> anyhow::Result<Job> {
+    let client = &session.client;
+    for path in [Some(file), kernel, initrd].into_iter().flatten() {
+        let data = std::fs::metadata(path).with_context(|| format!("read {}", path.display()))?;
+        if !data.is_file() {
+            bail!("{} is not a regular file", path.display());
+        }
+    }
+    if matches!(client.endpoint(), Endpoint::Unix(_)) {
+        let by_path = ImportByPath {
+            name: name.to_string(),
+            path: absolute(file)?,
+            format,
+            kernel: kernel.map(absolute).transpose()?,
+            initrd: initrd.map(absolute).transpose()?,
+            cmdline: cmdline.clone(),
+            new_revision: false,
+        };
+        match client.import_image_by_path(&by_path).await {
+            Ok(job) => return follow_job(session, &job).await,
+            // another mount namespace or another user: send the bytes
+            Err(e) if matches!(e.code(), ErrorCode::NotFound | ErrorCode::PermissionDenied | ErrorCode::Io) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let mut query = ImportQuery { name: name.to_string(), format, cmdline, ..ImportQuery::default() };
+    if let Some(kernel) = kernel {
+        query.kernel = Some(client.put_blob(Upload::file(kernel).await?).await?.digest);
+    }
+    if let Some(initrd) = initrd {
+        query.initrd = Some(client.put_blob(Upload::file(initrd).await?).await?.digest);
+    }
+    let sent = Arc::new(AtomicU64::new(0));
+    let counter = sent.clone();
+    let upload = Upload::file_with_progress(file, move |bytes| counter.store(bytes, Ordering::Relaxed)).await?;
+    let total = upload.len().unwrap_or(0);
+    let mut line = StatusLine::new();
+    let request = client.import_image(&query, upload);
+    tokio::pin!(request);
+    let mut tick = tokio::time::interval(std::time::Duration::from_millis(200));
+    let job = loop {
+        tokio::select! {
+            job = &mut request => break job?,
+            _ = tick.tick() => line.show(&format!("send {}: {}", file.display(), bar(sent.load(Ordering::Relaxed), total))),
+        }
+    };
+    line.clear();
+    follow_job(session, &job).await
+}
+
+async fn follow_job(session: &Session, job: &Job) -> anyhow::Result<Job> {
+    let mut line = StatusLine::new();
+    Ok(session.client.follow_job(&job.id, |job| line.show(&job_line(job))).await?)
+}
+
+fn finish<T: serde::de::DeserializeOwned>(job: Job) -> anyhow::Result<T> {
+    match (job.state, job.problem, job.result) {
+        (JobState::Done, _, Some(result)) => serde_json::from_value(result).context("read what came of the job"),
+        (_, Some(problem), _) => Err(muster_api::ClientError::Problem(Box::new(problem)).into()),
+        _ => bail!("{} {}: ended without a result", job.kind, job.subject),
+    }
+}
+
+fn absolute(path: &Path) -> anyhow::Result<String> {
+    let path = std::path::absolute(path).with_context(|| format!("find {}", path.display()))?;
+    path.to_str().map(str::to_string).with_context(|| format!("{} is not UTF-8", path.display()))
+}
+
+impl From<ImageFormat> for Format {
+    fn from(format: ImageFormat) -> Self {
+        match format {
+            ImageFormat::Auto => Format::Auto,
+            ImageFormat::Raw => Format::Raw,
+            ImageFormat::Qcow2 => Format::Qcow2,
+        }
+    }
+}
+
+fn list(images: &[Image]) -> String {
+    let mut table = Table::new(&["NAME", "DIGEST", ">LOGICAL", ">UNIQUE 4K", "BOOT", "RESIDENT ON", "TEMPLATES"]);
+    for i in images {
+        table.row([
+            format!("{}@{}", i.name, i.revision),
+            i.digest.short(),
+            ByteLen(i.logical_bytes).to_string(),
+            ByteLen(i.resident_estimate_bytes).to_string(),
+            boot(&i.boot).into(),
+            i.resident_on.join(" "),
+            i.templates.join(" "),
+        ]);
+    }
+    table.render()
+}
+
+fn boot(files: &BootFiles) -> &'static str {
+    if files.kernel.is_some() { "direct" } else { "disk" }
+}
+
+fn show(i: &Image) -> String {
+    let mut table = Table::new(&["PROPERTY", "VALUE"]);
+    let mut row = |name: &str, value: String| table.row([name.to_string(), value]);
+    row("name", format!("{}@{}", i.name, i.revision));
+    row("digest", i.digest.to_string());
+    row("logical size", ByteLen(i.logical_bytes).to_string());
+    row("unique 4 KiB blocks", ByteLen(i.resident_estimate_bytes).to_string());
+    row("boot", boot(&i.boot).into());
+    row("kernel command line", i.boot.cmdline.clone());
+    row("resident on", i.resident_on.join(" "));
+    row("templates", i.templates.join(" "));
+    table.render()
+}
+
+pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<Ended> {
+    let client = &session.client;
+    match verb {
+        TemplateVerb::Ls => {
+            let templates = client.all_templates().await?;
+            print(session.output, &templates, |templates| templates_table(templates))?;
+        }
+        TemplateVerb::Show { template } => {
+            let template = client.template(&template).await?;
+            print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
+        }
+        TemplateVerb::Create { name, image, vcpus, memory, data } => {
+            let create = CreateTemplate {
+                name,
+                image,
+                vcpus,
+                memory,
+                data_volume: data,
+                boot: None,
+                network: NetworkMode::None,
+            };
+            let template = client.create_template(&create).await?;
+            print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
+        }
+        TemplateVerb::Delete { template } => client.delete_template(&template, None).await?,
+    }
+    Ok(Ended::AllDone)
+}
+
+fn templates_table(templates: &[Template]) -> String {
+    let mut table = Table::new(&["NAME", "IMAGE", ">VCPUS", ">MEMORY", ">DATA VOLUME", "BOOT", ">VMS"]);
+    for t in templates {
+        table.row([
+            t.name.clone(),
+            t.image_name.clone(),
+            t.vcpus.to_string(),
+            t.memory.to_string(),
+            t.data_volume.map_or("-".into(), |d| d.to_string()),
+            boot(&t.boot).into(),
+            t.vms.to_string(),
+        ]);
+    }
+    table.render()
+}
