@@ -90,16 +90,14 @@ pub async fn follow_command(client: &Client, id: &str) -> Result<Command, Client
             match event {
                 CommandEvent::Command { command } => {
                     for member in command.members {
-                        let news = member.verdict.is_some()
-                            && !members.get(&key(&member)).is_some_and(|m| m.verdict.is_some());
-                        if news && !terminal {
+                        if !terminal && member.verdict.is_some() && !has_answered(&members, &member) {
                             eprintln!("{}", member_line(&member));
                         }
                         members.insert(key(&member), member);
                     }
                 }
                 CommandEvent::Verdict { member } => {
-                    if !terminal && !members.get(&key(&member)).is_some_and(|m| m.verdict.is_some()) {
+                    if !terminal && !has_answered(&members, &member) {
                         eprintln!("{}", member_line(&member));
                     }
                     members.insert(key(&member), *member);
@@ -125,6 +123,10 @@ const RETRIES: u32 = 5;
 
 fn key(member: &Member) -> String {
     format!("{}\0{}\0{}", member.host_name, member.name, member.vm.map(|v| v.to_string()).unwrap_or_default())
+}
+
+fn has_answered(members: &BTreeMap<String, Member>, member: &Member) -> bool {
+    members.get(&key(member)).is_some_and(|m| m.verdict.is_some())
 }
 
 fn member_line(member: &Member) -> String {
