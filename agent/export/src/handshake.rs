@@ -507,7 +507,8 @@ mod tests {
         assert_eq!(handshake.opened(Err(Refusal::Unknown), &mut out), Err(Event::Continue));
         assert_eq!(replies(&out)[0].1, option_reply::ERR_UNKNOWN);
         out.clear();
-        let (_, event) = handshake.advance(&opt(option::INFO, &go_data("v", &[info::NAME, info::DESCRIPTION])), &mut out);
+        let (_, event) =
+            handshake.advance(&opt(option::INFO, &go_data("v", &[info::NAME, info::DESCRIPTION])), &mut out);
         assert_eq!(event, Event::Describe("v".into()));
         assert_eq!(handshake.described(Ok(offer()), &mut out), Event::Continue);
         let got = replies(&out);

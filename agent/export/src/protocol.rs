@@ -418,10 +418,7 @@ mod tests {
         );
         let mut out = Vec::new();
         push_option_reply(&mut out, option::GO, option_reply::ERR_UNKNOWN, b"no");
-        assert_eq!(
-            out,
-            [0, 3, 0xe8, 0x89, 4, 0x55, 0x65, 0xa9, 0, 0, 0, 7, 0x80, 0, 0, 6, 0, 0, 0, 2, b'n', b'o']
-        );
+        assert_eq!(out, [0, 3, 0xe8, 0x89, 4, 0x55, 0x65, 0xa9, 0, 0, 0, 7, 0x80, 0, 0, 6, 0, 0, 0, 2, b'n', b'o']);
     }
 
     #[test]

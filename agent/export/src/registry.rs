@@ -206,8 +206,7 @@ impl Export {
     /// What clients are told.
     pub fn offer(&self) -> Offer {
         let geometry = self.geometry();
-        let mut flags =
-            flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::CAN_MULTI_CONN | flag::SEND_CACHE;
+        let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_FUA | flag::CAN_MULTI_CONN | flag::SEND_CACHE;
         if geometry.read_only {
             flags |= flag::READ_ONLY;
         } else {
@@ -343,8 +342,7 @@ impl Registry {
     /// Takes the export away: the name is free at once, its sessions are ended (see [`Export::close`]) and waited for.
     /// Blocks for up to twice `grace`. When it returns `Ok`, no thread of this crate uses the device any more.
     pub fn remove(&self, name: &str, grace: Duration) -> Result<(), RegistryError> {
-        let export =
-            self.exports.write().remove(name).ok_or_else(|| RegistryError::Unknown(name.to_owned()))?;
+        let export = self.exports.write().remove(name).ok_or_else(|| RegistryError::Unknown(name.to_owned()))?;
         match export.close(grace) {
             0 => Ok(()),
             sessions => Err(RegistryError::Busy { name: name.to_owned(), sessions }),

@@ -119,7 +119,10 @@ pub struct NbdServer {
 
 impl std::fmt::Debug for NbdServer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("NbdServer").field("addresses", &self.addresses).field("files", &self.files).finish_non_exhaustive()
+        f.debug_struct("NbdServer")
+            .field("addresses", &self.addresses)
+            .field("files", &self.files)
+            .finish_non_exhaustive()
     }
 }
 
@@ -161,9 +164,7 @@ impl NbdServer {
                 Listen::Socket(fd) => listeners.push(fd),
             }
         }
-        let wake = Arc::new(
-            eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| ServerError::Thread(error.into()))?,
-        );
+        let wake = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| ServerError::Thread(error.into()))?);
         let shared = Arc::new(Shared {
             catalog,
             stopping: AtomicBool::new(false),
@@ -288,7 +289,11 @@ fn accept_loop(shared: &Arc<Shared>, listeners: &[OwnedFd], wake: &OwnedFd) {
                     if full {
                         refused += 1;
                         if refused.is_power_of_two() {
-                            tracing::warn!(limit = shared.limit, refused, "connection limit reached, client turned away");
+                            tracing::warn!(
+                                limit = shared.limit,
+                                refused,
+                                "connection limit reached, client turned away"
+                            );
                         }
                         continue;
                     }
@@ -312,9 +317,7 @@ fn accept_loop(shared: &Arc<Shared>, listeners: &[OwnedFd], wake: &OwnedFd) {
 
 fn local_peer(fd: &OwnedFd) -> Peer {
     match sockopt::socket_peercred(fd.as_fd()) {
-        Ok(credentials) => {
-            Peer::Local { pid: credentials.pid.as_raw_nonzero().get(), uid: credentials.uid.as_raw() }
-        }
+        Ok(credentials) => Peer::Local { pid: credentials.pid.as_raw_nonzero().get(), uid: credentials.uid.as_raw() },
         Err(_) => Peer::Unknown,
     }
 }

@@ -354,8 +354,7 @@ impl<'a, T: Transport> Session<'a, T> {
                 let Some(payload) = self.input.unread().get(REQUEST_LEN..REQUEST_LEN + length) else {
                     return Ok(false);
                 };
-                let result =
-                    self.export.call(|device| device.write_at(command.offset, payload, WriteFlags { fua }));
+                let result = self.export.call(|device| device.write_at(command.offset, payload, WriteFlags { fua }));
                 self.input.consume(REQUEST_LEN + length);
                 self.acknowledge(Operation::Write, &command, self.received, result.err())?;
                 return Ok(true);
@@ -363,7 +362,7 @@ impl<'a, T: Transport> Session<'a, T> {
             Action::Read { whole } => {
                 let fragments = self.rules.agreed.structured && !whole;
                 if length > SLICE && fragments {
-                    self.begin(command);
+                    self.begin(command)?;
                 } else if length > SLICE {
                     self.read_stream(&command)?;
                 } else if length >= HOLES_FROM && fragments {
@@ -373,7 +372,7 @@ impl<'a, T: Transport> Session<'a, T> {
                     self.read_whole(&command)?;
                 }
             }
-            Action::Trim { .. } | Action::WriteZeroes { .. } => self.begin(command),
+            Action::Trim { .. } | Action::WriteZeroes { .. } => self.begin(command)?,
             Action::Flush => {
                 let result = self.export.call(|device| device.flush());
                 self.acknowledge(Operation::Flush, &command, self.received, result.err())?;
@@ -386,58 +385,60 @@ impl<'a, T: Transport> Session<'a, T> {
         Ok(true)
     }
 
-    fn begin(&mut self, command: Command) {
-        self.tasks.push_back(Task { command, done: 0, received: self.received });
+    /// The first slice at once, so that what fits one is done in order.
+    fn begin(&mut self, command: Command) -> Result<(), Stop> {
+        self.advance(Task { command, done: 0, received: self.received })
     }
 
     /// One slice of the request that has waited longest. `false` when there is none.
     fn step(&mut self) -> Result<bool, Stop> {
-        let Some(mut task) = self.tasks.pop_front() else { return Ok(false) };
+        let Some(task) = self.tasks.pop_front() else { return Ok(false) };
+        self.advance(task)?;
+        Ok(true)
+    }
+
+    /// One slice; the task goes to the end of the line when more is left, and is answered when not.
+    fn advance(&mut self, mut task: Task) -> Result<(), Stop> {
         let command = task.command;
         let left = u64::from(command.length) - task.done;
         let at = command.offset + task.done;
-        let (operation, slice, error) = match command.action {
-            Action::Read { .. } => {
-                let slice = left.min(SLICE as u64);
-                let error = self.read_fragments(&command, task.done, slice, slice == left)?;
-                if error.is_some() || slice == left {
-                    self.record(Operation::Read, &command, task.received, error.is_some());
-                    return Ok(true);
-                }
-                (Operation::Read, slice, None)
+        if let Action::Read { .. } = command.action {
+            let slice = left.min(SLICE as u64);
+            let error = self.read_fragments(&command, task.done, slice, slice == left)?;
+            task.done += slice;
+            if error.is_some() || slice == left {
+                self.record(Operation::Read, &command, task.received, error.is_some());
+            } else {
+                self.tasks.push_back(task);
             }
-            action => {
-                let slice = left.min(RANGE_SLICE);
-                if left > RANGE_SLICE {
-                    // This may take a while: what is ready should not wait for it.
-                    self.send()?;
-                }
-                let last = slice == left;
-                let (operation, result) = match action {
-                    Action::WriteZeroes { fua, no_hole, fast } => (
-                        Operation::WriteZeroes,
-                        self.export.call(|device| device.write_zeroes(at, slice, ZeroFlags { no_hole, fast, fua })),
-                    ),
-                    Action::Trim { fua } => (
-                        Operation::Trim,
-                        self.export.call(|device| {
-                            device.trim(at, slice)?;
-                            if fua && last { device.flush() } else { Ok(()) }
-                        }),
-                    ),
-                    // Nothing else is begun as a task.
-                    _ => (Operation::Cache, Ok(())),
-                };
-                (operation, slice, result.err())
-            }
+            return Ok(());
+        }
+        let slice = left.min(RANGE_SLICE);
+        let last = slice == left;
+        if left > RANGE_SLICE {
+            // This may take a while: what is ready should not wait for it.
+            self.send()?;
+        }
+        let (operation, result) = match command.action {
+            Action::WriteZeroes { fua, no_hole, fast } => (
+                Operation::WriteZeroes,
+                self.export.call(|device| device.write_zeroes(at, slice, ZeroFlags { no_hole, fast, fua })),
+            ),
+            // The only other kind that is begun as a task is a trim.
+            action => (
+                Operation::Trim,
+                self.export.call(|device| {
+                    device.trim(at, slice)?;
+                    if last && action == (Action::Trim { fua: true }) { device.flush() } else { Ok(()) }
+                }),
+            ),
         };
         task.done += slice;
-        if error.is_none() && task.done < u64::from(command.length) {
+        if result.is_ok() && !last {
             self.tasks.push_back(task);
-        } else {
-            self.acknowledge(operation, &command, task.received, error)?;
+            return Ok(());
         }
-        Ok(true)
+        self.acknowledge(operation, &command, task.received, result.err())
     }
 
     /// A read that fits one slice, in one piece.

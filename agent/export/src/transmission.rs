@@ -116,18 +116,10 @@ pub fn next(input: &[u8], rules: &Rules) -> Verdict {
         return Verdict::Disconnect;
     }
     match check(&header, rules) {
-        Ok(action) => Verdict::Execute(Command {
-            cookie: header.cookie,
-            action,
-            offset: header.offset,
-            length: header.length,
-        }),
-        Err((errno, why)) => Verdict::Refuse {
-            cookie: header.cookie,
-            errno,
-            why,
-            discard: payload,
-        },
+        Ok(action) => {
+            Verdict::Execute(Command { cookie: header.cookie, action, offset: header.offset, length: header.length })
+        }
+        Err((errno, why)) => Verdict::Refuse { cookie: header.cookie, errno, why, discard: payload },
     }
 }
 
@@ -231,14 +223,9 @@ mod tests {
             command::WRITE | command::WRITE_ZEROES => Errno::NoSpace,
             _ => Errno::Invalid,
         };
-        for command in [
-            command::READ,
-            command::WRITE,
-            command::TRIM,
-            command::CACHE,
-            command::WRITE_ZEROES,
-            command::BLOCK_STATUS,
-        ] {
+        for command in
+            [command::READ, command::WRITE, command::TRIM, command::CACHE, command::WRITE_ZEROES, command::BLOCK_STATUS]
+        {
             for (offset, length) in [(SIZE, 1), (SIZE - 1, 2), (u64::MAX, 1), (u64::MAX, u32::MAX >> 8)] {
                 assert_eq!(errno(ask(0, command, offset, length, &rules())), Some(expect(command)), "{command}");
             }
