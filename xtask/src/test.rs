@@ -1,0 +1,47 @@
+//! Every test, and the benches.
+
+use anyhow::Result;
+
+use crate::guest::Piece;
+use crate::run::Context;
+use crate::{check, guest, setup};
+
+/// Where tests find what was built for them.
+pub const GUEST_DIR_VARIABLE: &str = "MUSTER_GUEST_DIR";
+pub const PYTHON_VARIABLE: &str = "MUSTER_PYTHON";
+
+pub fn all(context: &Context, filters: &[&str]) -> Result<()> {
+    setup::all(context)?;
+    if filters.is_empty() {
+        check::all(context, false)?;
+    }
+    guest::build(context, &[Piece::Kernel, Piece::Tiny, Piece::Debian])?;
+    let nextest = context.command("cargo-nextest").arg("--version").succeeds();
+    println!("  tests, with cargo {}:", if nextest { "nextest" } else { "test" });
+    let runner = if nextest {
+        context.cargo().args(["nextest", "run", "--workspace", "--locked", "--no-fail-fast"])
+    } else {
+        context.cargo().args(["test", "--workspace", "--locked", "--no-fail-fast"])
+    };
+    with_environment(context, runner).args(filters).stream()?;
+    if nextest && filters.is_empty() {
+        // nextest leaves out the examples in documentation
+        context.step("examples in documentation", || {
+            with_environment(context, context.cargo().args(["test", "--doc", "--workspace", "--locked", "--quiet"]))
+                .run()?;
+            Ok(String::new())
+        })?;
+    }
+    Ok(())
+}
+
+pub fn bench(context: &Context, filters: &[&str]) -> Result<()> {
+    setup::all(context)?;
+    with_environment(context, context.cargo().args(["bench", "--workspace", "--locked", "--benches", "--"]))
+        .args(filters)
+        .stream()
+}
+
+fn with_environment<'a>(context: &Context, command: crate::run::Cmd<'a>) -> crate::run::Cmd<'a> {
+    command.env(GUEST_DIR_VARIABLE, guest::dir(context)).env(PYTHON_VARIABLE, setup::python_path(context))
+}
