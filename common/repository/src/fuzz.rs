@@ -1,6 +1,11 @@
 //! Entries for a fuzzer: each takes any bytes, must return, and must never panic or take memory out of proportion.
 
-use crate::{manifest::Manifest, pack, reference::Reference};
+use crate::{
+    manifest::Manifest,
+    pack,
+    reference::Reference,
+    source::{Qcow2Image, ReadAt},
+};
 
 /// A manifest that is accepted encodes to the same bytes again.
 ///
@@ -24,4 +29,25 @@ pub fn pack(bytes: &[u8]) {
 
 pub fn reference(bytes: &[u8]) {
     let _ = Reference::parse(bytes);
+}
+
+/// Opens the bytes as a qcow2 image and reads its first data, at most a few MiB.
+pub fn qcow2(bytes: &[u8]) {
+    let Ok(image) = Qcow2Image::open(Box::new(bytes.to_vec())) else { return };
+    let (mut at, mut left) = (0, 4 << 20);
+    let mut buf = vec![0; 64 << 10];
+    for _ in 0..64 {
+        let mut spans = Vec::new();
+        if at >= image.size().0 || image.spans(at, 1 << 30, &mut spans).is_err() {
+            return;
+        }
+        for span in spans {
+            let len = span.len.min(buf.len() as u64).min(left);
+            if !span.zero && len > 0 {
+                let _ = image.read_at(at, &mut buf[..len as usize]);
+                left -= len;
+            }
+            at += span.len;
+        }
+    }
 }
