@@ -1,0 +1,261 @@
+//! Reads the arguments of an order; what is wrong with them is said in a way an operator can act upon.
+
+use muster_common::{ByteLen, Digest, ErrorCode};
+use muster_idl::arguments::{TemplateSpec, name};
+
+use crate::dispatcher::Order;
+
+/// An argument that is missing or makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("argument {name}: {reason}")]
+pub struct ArgumentError {
+    name: &'static str,
+    reason: String,
+}
+
+impl ArgumentError {
+    fn new(name: &'static str, reason: impl Into<String>) -> Self {
+        Self { name, reason: reason.into() }
+    }
+
+    pub const fn code(&self) -> ErrorCode {
+        ErrorCode::InvalidArgument
+    }
+}
+
+/// What to do when a guest has not shut down in time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ShutdownPolicy {
+    #[default]
+    Fail,
+    PowerOff,
+}
+
+/// A template whose fields were checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Template {
+    pub spec: TemplateSpec,
+    pub image: Digest,
+    pub memory: ByteLen,
+    pub data: Option<ByteLen>,
+    pub kernel: Option<Digest>,
+    pub initrd: Option<Digest>,
+}
+
+fn required<'a>(order: &'a Order, name: &'static str) -> Result<&'a str, ArgumentError> {
+    order.argument(name).filter(|v| !v.is_empty()).ok_or_else(|| ArgumentError::new(name, "it is missing"))
+}
+
+pub fn template(order: &Order) -> Result<Template, ArgumentError> {
+    let wrong = |reason: String| ArgumentError::new(name::TEMPLATE, reason);
+    let spec: TemplateSpec =
+        serde_json::from_str(required(order, name::TEMPLATE)?).map_err(|e| wrong(format!("not a template: {e}")))?;
+    check_template(spec)
+}
+
+/// Checks what came as JSON, from a command or from a record.
+pub fn check_template(spec: TemplateSpec) -> Result<Template, ArgumentError> {
+    let wrong = |reason: String| ArgumentError::new(name::TEMPLATE, reason);
+    let digest = |what: &str, text: &str| text.parse::<Digest>().map_err(|e| wrong(format!("{what}: {e}")));
+    let image = digest("image", &spec.image)?;
+    let kernel = spec.boot.kernel.as_deref().map(|t| digest("kernel", t)).transpose()?;
+    let initrd = spec.boot.initrd.as_deref().map(|t| digest("initrd", t)).transpose()?;
+    if kernel.is_none() && initrd.is_some() {
+        return Err(wrong("an initrd without a kernel".into()));
+    }
+    if spec.vcpus == 0 || spec.vcpus > 256 {
+        return Err(wrong(format!("{} processors: 1 to 256 are possible", spec.vcpus)));
+    }
+    if spec.memory_bytes < 1 << 20 {
+        return Err(wrong(format!("{} of memory is too little", ByteLen(spec.memory_bytes))));
+    }
+    let data = spec.data_volume_bytes.map(ByteLen);
+    if data.is_some_and(|d| d.bytes() == 0 || !d.bytes().is_multiple_of(4096)) {
+        return Err(wrong("the data volume's size has to be a multiple of 4096 bytes".into()));
+    }
+    Ok(Template { image, memory: ByteLen(spec.memory_bytes), data, kernel, initrd, spec })
+}
+
+/// Names become file names and libvirt domain names.
+pub fn vm_name(order: &Order) -> Result<String, ArgumentError> {
+    let wrong = |reason| Err(ArgumentError::new("member name", reason));
+    let name = order.name.trim();
+    if name.is_empty() {
+        return wrong("a VM needs a name");
+    }
+    let plain = |c: char| c.is_alphanumeric() || matches!(c, '.' | '_' | '-' | ' ');
+    if name.len() > 100 || name.starts_with('.') || !name.chars().all(plain) {
+        return wrong("at most 100 bytes of letters, digits, blanks and . _ -, not starting with a dot");
+    }
+    Ok(name.to_string())
+}
+
+pub fn policy(order: &Order) -> Result<ShutdownPolicy, ArgumentError> {
+    match order.argument(name::POLICY).unwrap_or("fail") {
+        "fail" | "" => Ok(ShutdownPolicy::Fail),
+        "power-off" => Ok(ShutdownPolicy::PowerOff),
+        other => Err(ArgumentError::new(name::POLICY, format!("{other:?} is neither \"fail\" nor \"power-off\""))),
+    }
+}
+
+pub fn digest(order: &Order) -> Result<Digest, ArgumentError> {
+    required(order, name::DIGEST)?.parse().map_err(|e| ArgumentError::new(name::DIGEST, format!("{e}")))
+}
+
+pub fn image_name(order: &Order) -> String {
+    // older senders say "name"
+    order.argument(name::IMAGE_NAME).or_else(|| order.argument(name::NAME)).unwrap_or_default().to_string()
+}
+
+/// Where to pull from, when the command says so. In lab mode whoever commands may name any place.
+pub fn source(order: &Order) -> Result<Option<String>, ArgumentError> {
+    match order.argument(name::SOURCE).filter(|s| !s.is_empty()) {
+        None => Ok(None),
+        Some(url) if url.starts_with("http://") => Ok(Some(url.trim_end_matches('/').to_string())),
+        Some(_) => Err(ArgumentError::new(name::SOURCE, "it has to begin with http://")),
+    }
+}
+
+pub fn argv(order: &Order) -> Result<Vec<String>, ArgumentError> {
+    let argv: Vec<String> = serde_json::from_str(required(order, name::ARGV)?)
+        .map_err(|e| ArgumentError::new(name::ARGV, format!("not a JSON list of texts: {e}")))?;
+    if argv.first().is_none_or(String::is_empty) {
+        return Err(ArgumentError::new(name::ARGV, "no program is named"));
+    }
+    Ok(argv)
+}
+
+pub fn guest_path(order: &Order) -> Result<String, ArgumentError> {
+    let path = required(order, name::PATH)?;
+    if !path.starts_with('/') || path.contains('\0') {
+        return Err(ArgumentError::new(name::PATH, "it has to be an absolute path in the guest"));
+    }
+    Ok(path.to_string())
+}
+
+pub fn content(order: &Order) -> Result<Vec<u8>, ArgumentError> {
+    let text = order.argument(name::CONTENT).ok_or_else(|| ArgumentError::new(name::CONTENT, "it is missing"))?;
+    decode_base64(text).ok_or_else(|| ArgumentError::new(name::CONTENT, "not base64 (RFC 4648, section 4)"))
+}
+
+/// A snapshot's name.
+pub fn snapshot_name(order: &Order) -> Result<String, ArgumentError> {
+    let name = required(order, name::NAME)?;
+    if name.len() > 100 || name.chars().any(char::is_control) {
+        return Err(ArgumentError::new(name::NAME, "at most 100 bytes without control characters"));
+    }
+    Ok(name.to_string())
+}
+
+/// Backup id, or `None` for the latest.
+pub fn backup(order: &Order) -> Result<Option<muster_backup::BackupId>, ArgumentError> {
+    match order.argument(name::BACKUP).unwrap_or("latest") {
+        "latest" | "" => Ok(None),
+        text => text.parse().map(Some).map_err(|e| ArgumentError::new(name::BACKUP, format!("{e}, or \"latest\""))),
+    }
+}
+
+/// Strict: padding is required, nothing else than the alphabet is allowed.
+fn decode_base64(text: &str) -> Option<Vec<u8>> {
+    let value = |c: u8| match c {
+        b'A'..=b'Z' => Some(c - b'A'),
+        b'a'..=b'z' => Some(c - b'a' + 26),
+        b'0'..=b'9' => Some(c - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    let bytes = text.as_bytes();
+    if !bytes.len().is_multiple_of(4) {
+        return None;
+    }
+    let mut out = Vec::with_capacity(bytes.len() / 4 * 3);
+    let groups = bytes.len() / 4;
+    for (i, group) in bytes.chunks_exact(4).enumerate() {
+        let padding = if i + 1 == groups { group.iter().rev().take_while(|c| **c == b'=').count() } else { 0 };
+        if padding > 2 {
+            return None;
+        }
+        let mut bits = 0u32;
+        for c in &group[..4 - padding] {
+            bits = bits << 6 | u32::from(value(*c)?);
+        }
+        bits <<= 6 * padding;
+        let raw = [(bits >> 16) as u8, (bits >> 8) as u8, bits as u8];
+        if raw[3 - padding..].iter().any(|b| *b != 0) {
+            return None;
+        }
+        out.extend_from_slice(&raw[..3 - padding]);
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_common::{CommandId, VmId};
+    use muster_idl::v1::{Argument, TargetKind, Verb};
+
+    use super::*;
+
+    fn order(arguments: &[(&str, &str)]) -> Order {
+        let vm = VmId::random();
+        Order {
+            task: 0,
+            command: CommandId::now(),
+            controller: String::new(),
+            verb: Verb::Create,
+            target_kind: TargetKind::Vm,
+            member: vm.to_string(),
+            vm: Some(vm),
+            name: "desk 1".into(),
+            arguments: arguments.iter().map(|(n, v)| Argument { name: (*n).into(), value: (*v).into() }).collect(),
+            deadline_us: 0,
+            received_us: 0,
+        }
+    }
+
+    #[test]
+    fn base64_is_decoded_strictly() {
+        for (text, bytes) in [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYg==", "foob")] {
+            assert_eq!(decode_base64(text).unwrap(), bytes.as_bytes(), "{text}");
+        }
+        for bad in ["Zg", "Zg=", "Z===", "Zm9v\n", "Zh==", "Zg==Zg==", "Zm-_"] {
+            assert_eq!(decode_base64(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_argument_is_named_with_its_reason() {
+        assert_eq!(argv(&order(&[])).unwrap_err().to_string(), "argument argv: it is missing");
+        assert!(argv(&order(&[("argv", "[]")])).is_err());
+        assert_eq!(argv(&order(&[("argv", "[\"ls\", \"/\"]")])).unwrap(), ["ls", "/"]);
+        assert!(policy(&order(&[("policy", "hope")])).unwrap_err().to_string().contains("power-off"));
+        assert_eq!(policy(&order(&[])).unwrap(), ShutdownPolicy::Fail);
+        assert!(guest_path(&order(&[("path", "etc/passwd")])).is_err());
+        assert!(source(&order(&[("source", "file:///etc")])).is_err());
+        assert_eq!(backup(&order(&[])).unwrap(), None);
+        assert!(backup(&order(&[("backup", "newest")])).is_err());
+    }
+
+    #[test]
+    fn templates_are_checked_field_by_field() {
+        let image = "ab".repeat(32);
+        let good = crate::records::tests::template(&image);
+        let json = serde_json::to_string(&good).unwrap();
+        assert_eq!(template(&order(&[("template", &json)])).unwrap().image.to_string(), image);
+        for (field, value) in [("image", "\"abc\""), ("vcpus", "0"), ("memory_bytes", "5"), ("data_volume_bytes", "7")] {
+            let mut value_of: serde_json::Value = serde_json::from_str(&json).unwrap();
+            value_of[field] = serde_json::from_str(value).unwrap();
+            assert!(template(&order(&[("template", &value_of.to_string())])).is_err(), "{field}");
+        }
+        assert!(template(&order(&[("template", "{}")])).unwrap_err().to_string().contains("name"));
+    }
+
+    #[test]
+    fn names_that_would_be_paths_are_refused() {
+        for bad in ["", " ", ".x", "a/b", "a\nb"] {
+            assert!(vm_name(&Order { name: bad.into(), ..order(&[]) }).is_err(), "{bad:?}");
+        }
+        assert_eq!(vm_name(&order(&[])).unwrap(), "desk 1");
+    }
+}

@@ -1,0 +1,358 @@
+//! The agent's configuration: `examples/config/agent.toml` explains every key and a test parses it.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use muster_bus::BusConfig;
+use muster_common::{ByteLen, config::ConfigError};
+use serde::{Deserialize, Serialize};
+
+/// Prefix of the environment variables that set keys: `MUSTER_AGENT_STORE__BUDGET=8GiB`.
+pub const ENVIRONMENT_PREFIX: &str = "MUSTER_AGENT";
+
+/// libvirt's embedded driver makes sockets deep below its root (`muster_virt::libvirt::MAX_ROOT_LENGTH`); the root is
+/// `run_dir` plus four bytes.
+const MAX_RUN_DIR_LENGTH: usize = 44;
+
+/// Everything an operator can set.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Must be true: this version has no authentication.
+    #[serde(default)]
+    pub lab: bool,
+    /// The host's name for people; the kernel's host name when absent.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// The DDS domain id.
+    #[serde(default)]
+    pub cell: u16,
+    #[serde(default)]
+    pub interface: Option<IpAddr>,
+    #[serde(default)]
+    pub peers: Vec<IpAddr>,
+    #[serde(default = "yes")]
+    pub multicast: bool,
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// An orderly stop does not ask whether volumes are attached.
+    #[serde(default)]
+    pub force_stop: bool,
+    /// Commands carried out at the same time.
+    #[serde(default = "default_parallel")]
+    pub parallel_commands: usize,
+    pub store: StoreSection,
+    #[serde(default)]
+    pub hypervisor: HypervisorSection,
+    #[serde(default)]
+    pub stream: StreamSection,
+    #[serde(default)]
+    pub backup: BackupSection,
+    #[serde(default)]
+    pub timeouts: TimeoutSection,
+    #[serde(default)]
+    pub log: LogSection,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreSection {
+    pub budget: ByteLen,
+    #[serde(default)]
+    pub pages: PageChoice,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PageChoice {
+    #[default]
+    Auto,
+    #[serde(rename = "4k")]
+    Small,
+    Thp,
+    Hugetlb,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HypervisorSection {
+    /// Empty: the embedded QEMU driver below `run_dir`. "none": no VMs.
+    pub uri: String,
+    pub accelerator: AcceleratorChoice,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AcceleratorChoice {
+    #[default]
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct StreamSection {
+    pub listen: SocketAddr,
+    /// What the host topic says; derived from `listen` and `interface` when absent.
+    pub advertise: Option<String>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackupSection {
+    /// `backup` below the state directory when absent.
+    pub directory: Option<PathBuf>,
+}
+
+/// All in milliseconds, so that a test can make them small.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TimeoutSection {
+    pub hypervisor_call_ms: u64,
+    pub guest_agent_ms: u64,
+    pub shutdown_agent_ms: u64,
+    pub policy_reserve_ms: u64,
+    pub controller_silence_ms: u64,
+    pub http_ms: u64,
+    pub stop_ms: u64,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LogSection {
+    pub format: muster_common::logging::LogFormat,
+}
+
+const fn yes() -> bool {
+    true
+}
+fn default_state_dir() -> PathBuf {
+    "/var/lib/muster/agent".into()
+}
+fn default_run_dir() -> PathBuf {
+    "/run/muster/a".into()
+}
+const fn default_parallel() -> usize {
+    8
+}
+
+impl Default for StreamSection {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([0, 0, 0, 0], 7800)), advertise: None }
+    }
+}
+
+impl Default for TimeoutSection {
+    fn default() -> Self {
+        Self {
+            hypervisor_call_ms: 30_000,
+            guest_agent_ms: 2_000,
+            shutdown_agent_ms: 15_000,
+            policy_reserve_ms: 6_000,
+            controller_silence_ms: 5_000,
+            http_ms: 30_000,
+            stop_ms: 10_000,
+        }
+    }
+}
+
+impl TimeoutSection {
+    pub const fn hypervisor_call(&self) -> Duration {
+        Duration::from_millis(self.hypervisor_call_ms)
+    }
+    pub const fn guest_agent(&self) -> Duration {
+        Duration::from_millis(self.guest_agent_ms)
+    }
+    pub const fn http(&self) -> Duration {
+        Duration::from_millis(self.http_ms)
+    }
+    pub const fn stop(&self) -> Duration {
+        Duration::from_millis(self.stop_ms)
+    }
+}
+
+/// A configuration that parses and cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    #[error(
+        "start without authentication: this version has none; say lab = true in the configuration to run it on a \
+         network where every machine may command every other"
+    )]
+    NotLab,
+    #[error("use cell {cell}: cells are 0 to {most}", most = muster_bus::MAX_CELL)]
+    Cell { cell: u16 },
+    #[error("use run_dir {path}: an absolute path of at most {MAX_RUN_DIR_LENGTH} bytes is needed (unix sockets lie below it)", path = path.display())]
+    RunDir { path: PathBuf },
+    #[error("use state_dir {path}: an absolute path is needed", path = path.display())]
+    StateDir { path: PathBuf },
+    #[error("use parallel_commands = 0: at least one command has to run")]
+    NoParallel,
+    #[error("use host name {name:?}: 1 to 64 letters, digits, dots and hyphens")]
+    Name { name: String },
+}
+
+impl Config {
+    /// Reads file, environment and overrides; see `muster_common::config::load`.
+    pub fn load(
+        file: Option<&Path>,
+        environment: impl IntoIterator<Item = (String, String)>,
+        overrides: &[(String, String)],
+    ) -> Result<Self, ConfigError> {
+        muster_common::config::load(file, ENVIRONMENT_PREFIX, environment, overrides)
+    }
+
+    /// The least that works, for tests and embedding servers: lab mode, no hypervisor, port chosen by the kernel.
+    pub fn minimal(state_dir: impl Into<PathBuf>, run_dir: impl Into<PathBuf>, budget: ByteLen) -> Self {
+        Self {
+            lab: true,
+            name: None,
+            cell: 0,
+            interface: None,
+            peers: Vec::new(),
+            multicast: true,
+            state_dir: state_dir.into(),
+            run_dir: run_dir.into(),
+            force_stop: false,
+            parallel_commands: default_parallel(),
+            store: StoreSection { budget, pages: PageChoice::Auto },
+            hypervisor: HypervisorSection { uri: "none".into(), ..HypervisorSection::default() },
+            stream: StreamSection { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None },
+            backup: BackupSection::default(),
+            timeouts: TimeoutSection::default(),
+            log: LogSection::default(),
+        }
+    }
+
+    /// Refuses what parses and cannot work.
+    pub fn check(&self) -> Result<(), CheckError> {
+        if !self.lab {
+            return Err(CheckError::NotLab);
+        }
+        if self.cell > muster_bus::MAX_CELL {
+            return Err(CheckError::Cell { cell: self.cell });
+        }
+        if !self.run_dir.is_absolute() || self.run_dir.as_os_str().len() > MAX_RUN_DIR_LENGTH {
+            return Err(CheckError::RunDir { path: self.run_dir.clone() });
+        }
+        if !self.state_dir.is_absolute() {
+            return Err(CheckError::StateDir { path: self.state_dir.clone() });
+        }
+        if self.parallel_commands == 0 {
+            return Err(CheckError::NoParallel);
+        }
+        if let Some(name) = &self.name {
+            let plain = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
+            if name.is_empty() || name.len() > 64 || !name.chars().all(plain) {
+                return Err(CheckError::Name { name: name.clone() });
+            }
+        }
+        Ok(())
+    }
+
+    /// What `muster_virt::open` is given; `None` for "none".
+    pub fn hypervisor_uri(&self) -> Option<String> {
+        match self.hypervisor.uri.as_str() {
+            "none" => None,
+            "" => Some(format!("qemu:///embed?root={}/hv", self.run_dir.display())),
+            "simulator:" => Some("sim:///".into()),
+            uri => Some(uri.to_string()),
+        }
+    }
+
+    pub fn bus(&self) -> BusConfig {
+        BusConfig {
+            cell: self.cell,
+            interface: self.interface,
+            peers: self.peers.clone(),
+            multicast: self.multicast,
+        }
+    }
+
+    pub fn backup_directory(&self) -> PathBuf {
+        self.backup.directory.clone().unwrap_or_else(|| self.state_dir.join("backup"))
+    }
+
+    /// The one NBD socket.
+    pub fn export_socket(&self) -> PathBuf {
+        self.run_dir.join("nbd.sock")
+    }
+
+    /// The control socket of `muster-agent stop` and `status`.
+    pub fn control_socket(&self) -> PathBuf {
+        self.run_dir.join("ctl.sock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_commented_example_parses_and_names_every_key() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/config/agent.toml");
+        let config = Config::load(Some(Path::new(path)), [], &[]).unwrap();
+        config.check().unwrap();
+        let text = std::fs::read_to_string(path).unwrap();
+        let effective = toml::Table::try_from(&config).unwrap();
+        fn keys(table: &toml::Table, out: &mut Vec<String>) {
+            for (key, value) in table {
+                match value {
+                    toml::Value::Table(inner) => keys(inner, out),
+                    _ => out.push(key.clone()),
+                }
+            }
+        }
+        let mut names = vec!["advertise".to_string(), "directory".into(), "interface".into(), "name".into()];
+        keys(&effective, &mut names);
+        for name in names {
+            assert!(text.contains(&format!("{name} = ")), "examples/config/agent.toml does not explain {name}");
+        }
+        // with every comment sign of a key taken away it is still a configuration
+        let bare: String = text
+            .lines()
+            .map(|line| match line.strip_prefix("#") {
+                Some(key) if !key.starts_with(' ') && key.contains(" = ") => format!("{key}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        toml::from_str::<Config>(&bare).unwrap().check().unwrap();
+    }
+
+    #[test]
+    fn without_lab_mode_it_does_not_start() {
+        let mut config = Config::minimal("/s", "/r", ByteLen::gib(1));
+        config.check().unwrap();
+        config.lab = false;
+        assert!(config.check().unwrap_err().to_string().contains("lab = true"));
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_its_reason() {
+        let good = Config::minimal("/s", "/r", ByteLen::gib(1));
+        let bad = [
+            Config { cell: 101, ..good.clone() },
+            Config { run_dir: "relative".into(), ..good.clone() },
+            Config { run_dir: format!("/{}", "x".repeat(60)).into(), ..good.clone() },
+            Config { state_dir: "relative".into(), ..good.clone() },
+            Config { parallel_commands: 0, ..good.clone() },
+            Config { name: Some("a b".into()), ..good.clone() },
+        ];
+        for config in bad {
+            assert!(config.check().is_err(), "{config:?}");
+        }
+    }
+
+    #[test]
+    fn the_default_hypervisor_lives_below_run_dir() {
+        let mut config = Config::minimal("/s", "/run/m/h1", ByteLen::gib(1));
+        assert_eq!(config.hypervisor_uri(), None);
+        config.hypervisor.uri = String::new();
+        assert_eq!(config.hypervisor_uri().unwrap(), "qemu:///embed?root=/run/m/h1/hv");
+    }
+}
