@@ -10,9 +10,7 @@ pub(crate) fn encode(bytes: &[u8]) -> String {
             | u32::from(group.get(2).copied().unwrap_or(0));
         for index in 0..4 {
             if index <= group.len() {
-                out.push(char::from(
-                    ALPHABET[(word >> (18 - 6 * index)) as usize & 63],
-                ));
+                out.push(char::from(ALPHABET[(word >> (18 - 6 * index)) as usize & 63]));
             } else {
                 out.push('=');
             }
@@ -58,14 +56,9 @@ mod tests {
 
     #[test]
     fn the_vectors_of_rfc_4648_hold() {
-        for (plain, coded) in [
-            ("", ""),
-            ("f", "Zg=="),
-            ("fo", "Zm8="),
-            ("foo", "Zm9v"),
-            ("foob", "Zm9vYg=="),
-            ("foobar", "Zm9vYmFy"),
-        ] {
+        for (plain, coded) in
+            [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foob", "Zm9vYg=="), ("foobar", "Zm9vYmFy")]
+        {
             assert_eq!(encode(plain.as_bytes()), coded);
             assert_eq!(decode(coded).unwrap(), plain.as_bytes());
         }
@@ -75,16 +68,7 @@ mod tests {
 
     #[test]
     fn broken_text_is_refused() {
-        for bad in [
-            "A",
-            "AAA",
-            "A===",
-            "====",
-            "AA=A",
-            "Zg==Zg==",
-            "Zm9\u{e9}",
-            "Z g=",
-        ] {
+        for bad in ["A", "AAA", "A===", "====", "AA=A", "Zg==Zg==", "Zm9\u{e9}", "Z g="] {
             assert!(decode(bad).is_none(), "{bad}");
         }
     }

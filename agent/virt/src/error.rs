@@ -46,11 +46,7 @@ pub struct HypervisorError {
 impl HypervisorError {
     /// An error without a cause below it.
     pub fn new(kind: HypervisorErrorKind, context: impl Into<String>) -> Self {
-        Self {
-            kind,
-            context: context.into(),
-            source: None,
-        }
+        Self { kind, context: context.into(), source: None }
     }
 
     /// An error caused by another one.
@@ -59,11 +55,7 @@ impl HypervisorError {
         context: impl Into<String>,
         source: impl Into<Box<dyn StdError + Send + Sync>>,
     ) -> Self {
-        Self {
-            kind,
-            context: context.into(),
-            source: Some(source.into()),
-        }
+        Self { kind, context: context.into(), source: Some(source.into()) }
     }
 
     pub(crate) fn not_found(vm: VmId) -> Self {
@@ -71,10 +63,7 @@ impl HypervisorError {
     }
 
     pub(crate) fn unsupported(what: &str) -> Self {
-        Self::new(
-            HypervisorErrorKind::Unsupported,
-            format!("{what} is not supported by this hypervisor"),
-        )
+        Self::new(HypervisorErrorKind::Unsupported, format!("{what} is not supported by this hypervisor"))
     }
 
     /// What to branch on.
@@ -101,9 +90,7 @@ impl fmt::Display for HypervisorError {
 
 impl StdError for HypervisorError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.source
-            .as_deref()
-            .map(|source| source as &(dyn StdError + 'static))
+        self.source.as_deref().map(|source| source as &(dyn StdError + 'static))
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Capabilities {
     pub screenshot: bool,
     pub managed_save: bool,
     pub reset: bool,
+    /// A start that is held before the first instruction.
+    pub start_paused: bool,
     /// Block and network counters.
     pub device_stats: bool,
     /// Defined domains are found by another opener of the same hypervisor, after a kill too.

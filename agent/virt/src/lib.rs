@@ -30,6 +30,7 @@ mod hypervisor;
 pub mod libvirt;
 mod pool;
 mod screenshot;
+pub mod simulator;
 mod spec;
 mod state;
 mod subscribers;
@@ -40,8 +41,7 @@ pub use pool::{Lane, Pool, PoolConfig};
 pub use screenshot::Screenshot;
 pub use spec::{Accel, Boot, Console, DiskSpec, DomainSpec, NicSpec};
 pub use state::{
-    BlockStats, DomainState, DomainStats, DomainStatus, ExecRequest, ExecResult, HypervisorEvent,
-    NetStats, StateReason,
+    BlockStats, DomainState, DomainStats, DomainStatus, ExecRequest, ExecResult, HypervisorEvent, NetStats, StateReason,
 };
 
 use std::sync::Arc;
@@ -58,10 +58,11 @@ pub fn open(uri: &str) -> Result<Arc<dyn Hypervisor>> {
     if uri.starts_with("qemu:") || uri.starts_with("qemu+unix:") || uri.starts_with("test:") {
         return Ok(Arc::new(libvirt::Libvirt::open(uri)?));
     }
+    if uri.starts_with("sim:") {
+        return Ok(Arc::new(simulator::Simulator::from_uri(uri)?));
+    }
     Err(HypervisorError::new(
         HypervisorErrorKind::InvalidSpec,
-        format!(
-            "open hypervisor {uri}: expected qemu:///embed?root=DIR, qemu:///system, test:///default or sim:///"
-        ),
+        format!("open hypervisor {uri}: expected qemu:///embed?root=DIR, qemu:///system, test:///default or sim:///"),
     ))
 }

@@ -47,11 +47,7 @@ pub struct PoolConfig {
 
 impl Default for PoolConfig {
     fn default() -> Self {
-        Self {
-            threads: 4,
-            threads_max: 32,
-            queue: 4096,
-        }
+        Self { threads: 4, threads_max: 32, queue: 4096 }
     }
 }
 
@@ -116,16 +112,8 @@ impl Pool {
             deadlines: Condvar::new(),
             idle: Condvar::new(),
         });
-        let pool = Self {
-            shared: shared.clone(),
-        };
-        let spawned = |e| {
-            HypervisorError::with_source(
-                HypervisorErrorKind::Other,
-                "start hypervisor call threads",
-                e,
-            )
-        };
+        let pool = Self { shared: shared.clone() };
+        let spawned = |e| HypervisorError::with_source(HypervisorErrorKind::Other, "start hypervisor call threads", e);
         let mut state = shared.state.lock();
         for _ in 0..shared.config.threads {
             Shared::spawn_worker_locked(&shared, &mut state).map_err(spawned)?;
@@ -158,14 +146,8 @@ impl Pool {
 
     /// Runs `operation` on a pool thread; `done` is called exactly once, from some thread, with its result, or with
     /// `Unknown` when `timeout` passed while it ran, or with `Busy` when it never started. `done` must not block.
-    pub fn submit<T, F, D>(
-        &self,
-        lane: Lane,
-        label: &'static str,
-        timeout: Duration,
-        operation: F,
-        done: D,
-    ) where
+    pub fn submit<T, F, D>(&self, lane: Lane, label: &'static str, timeout: Duration, operation: F, done: D)
+    where
         T: Send + 'static,
         F: FnOnce(&dyn Hypervisor) -> Result<T> + Send + 'static,
         D: FnOnce(Result<T>) + Send + 'static,
@@ -177,13 +159,9 @@ impl Pool {
             label,
             deadline: Instant::now() + timeout,
             run: Box::new(move |hypervisor| {
-                let result = catch_unwind(AssertUnwindSafe(|| operation(hypervisor)))
-                    .unwrap_or_else(|_| {
-                        Err(HypervisorError::new(
-                            HypervisorErrorKind::Other,
-                            format!("{label}: the call panicked"),
-                        ))
-                    });
+                let result = catch_unwind(AssertUnwindSafe(|| operation(hypervisor))).unwrap_or_else(|_| {
+                    Err(HypervisorError::new(HypervisorErrorKind::Other, format!("{label}: the call panicked")))
+                });
                 let done = slot.lock().take();
                 match (done, result) {
                     (Some(done), result) => done(result),
@@ -203,21 +181,10 @@ impl Pool {
         let refused = {
             let mut state = self.shared.state.lock();
             if state.closed || state.waiting.len() >= self.shared.config.queue {
-                Some((
-                    job,
-                    if state.closed {
-                        "the pool is closed"
-                    } else {
-                        "the queue is full"
-                    },
-                ))
+                Some((job, if state.closed { "the pool is closed" } else { "the queue is full" }))
             } else {
                 if lane == Lane::Urgent {
-                    let behind_urgent = state
-                        .waiting
-                        .iter()
-                        .take_while(|j| j.lane == Lane::Urgent)
-                        .count();
+                    let behind_urgent = state.waiting.iter().take_while(|j| j.lane == Lane::Urgent).count();
                     state.waiting.insert(behind_urgent, job);
                 } else {
                     state.waiting.push_back(job);
@@ -226,10 +193,7 @@ impl Pool {
             }
         };
         if let Some((job, why)) = refused {
-            (job.give_up)(HypervisorError::new(
-                HypervisorErrorKind::Busy,
-                format!("{label}: {why}"),
-            ));
+            (job.give_up)(HypervisorError::new(HypervisorErrorKind::Busy, format!("{label}: {why}")));
             return;
         }
         self.shared.work.notify_one();
@@ -237,13 +201,7 @@ impl Pool {
     }
 
     /// As [`Pool::submit`], the result arrives in the returned channel.
-    pub fn call<T, F>(
-        &self,
-        lane: Lane,
-        label: &'static str,
-        timeout: Duration,
-        operation: F,
-    ) -> Receiver<Result<T>>
+    pub fn call<T, F>(&self, lane: Lane, label: &'static str, timeout: Duration, operation: F) -> Receiver<Result<T>>
     where
         T: Send + 'static,
         F: FnOnce(&dyn Hypervisor) -> Result<T> + Send + 'static,
@@ -305,9 +263,7 @@ impl Shared {
         let name = format!("libvirt-{}", state.next_id);
         state.next_id += 1;
         let shared = self.clone();
-        let handle = thread::Builder::new()
-            .name(name)
-            .spawn(move || shared.work_loop())?;
+        let handle = thread::Builder::new().name(name).spawn(move || shared.work_loop())?;
         state.threads += 1;
         state.handles.retain(|h| !h.is_finished());
         state.handles.push(handle);
@@ -336,12 +292,8 @@ impl Shared {
             if let Lane::Vm(vm) = job.lane {
                 state.occupied.insert(vm);
             }
-            let running = Running {
-                label: job.label,
-                lane: job.lane,
-                deadline: job.deadline,
-                give_up: Some(job.give_up),
-            };
+            let running =
+                Running { label: job.label, lane: job.lane, deadline: job.deadline, give_up: Some(job.give_up) };
             state.running.insert(id, running);
             drop(state);
             self.deadlines.notify_one();
@@ -381,26 +333,16 @@ impl Shared {
             while let Some(index) = state.waiting.iter().position(|job| job.deadline <= now) {
                 if let Some(job) = state.waiting.remove(index) {
                     let text = format!("{}: not started before its deadline", job.label);
-                    expired.push((
-                        job.give_up,
-                        HypervisorError::new(HypervisorErrorKind::Busy, text),
-                    ));
+                    expired.push((job.give_up, HypervisorError::new(HypervisorErrorKind::Busy, text)));
                 }
             }
             let mut newly_stuck = 0;
-            for call in state
-                .running
-                .values_mut()
-                .filter(|call| call.deadline <= now)
-            {
+            for call in state.running.values_mut().filter(|call| call.deadline <= now) {
                 if let Some(give_up) = call.give_up.take() {
                     newly_stuck += 1;
                     tracing::warn!(call = call.label, "hypervisor call passed its deadline");
                     let text = format!("{}: still running at its deadline", call.label);
-                    expired.push((
-                        give_up,
-                        HypervisorError::new(HypervisorErrorKind::Unknown, text),
-                    ));
+                    expired.push((give_up, HypervisorError::new(HypervisorErrorKind::Unknown, text)));
                 }
             }
             state.stuck += newly_stuck;
@@ -422,13 +364,7 @@ impl Shared {
                 continue;
             }
             let next = (state.waiting.iter().map(|job| job.deadline))
-                .chain(
-                    state
-                        .running
-                        .values()
-                        .filter(|call| call.give_up.is_some())
-                        .map(|call| call.deadline),
-                )
+                .chain(state.running.values().filter(|call| call.give_up.is_some()).map(|call| call.deadline))
                 .min();
             match next {
                 Some(at) => {

@@ -22,8 +22,7 @@ impl Screenshot {
                 format!("convert screenshot of type {}: {what}", self.mime),
             )
         };
-        let (width, height, pixels) =
-            parse_ppm(&self.bytes).ok_or_else(|| invalid("not a binary pixmap"))?;
+        let (width, height, pixels) = parse_ppm(&self.bytes).ok_or_else(|| invalid("not a binary pixmap"))?;
         let mut out = Vec::with_capacity(pixels.len() / 8);
         let mut encoder = png::Encoder::new(&mut out, width, height);
         encoder.set_color(png::ColorType::Rgb);
@@ -60,12 +59,7 @@ fn parse_ppm(bytes: &[u8]) -> Option<(u32, u32, &[u8])> {
     }
     let (separator, pixels) = rest.split_first()?;
     let [width, height, maximum] = fields;
-    let length = usize::try_from(
-        u64::from(width)
-            .checked_mul(u64::from(height))?
-            .checked_mul(3)?,
-    )
-    .ok()?;
+    let length = usize::try_from(u64::from(width).checked_mul(u64::from(height))?.checked_mul(3)?).ok()?;
     if !separator.is_ascii_whitespace() || maximum != 255 || length == 0 {
         return None;
     }
@@ -77,19 +71,14 @@ mod tests {
     use super::*;
 
     fn ppm(bytes: &[u8]) -> Screenshot {
-        Screenshot {
-            mime: "image/x-portable-pixmap".into(),
-            bytes: bytes.to_vec(),
-        }
+        Screenshot { mime: "image/x-portable-pixmap".into(), bytes: bytes.to_vec() }
     }
 
     #[test]
     fn a_pixmap_becomes_a_png_with_the_same_pixels() {
         let shot = ppm(b"P6\n# by hand\n2 1\n255\n\x01\x02\x03\xff\xfe\xfd");
         let png_bytes = shot.to_png().unwrap();
-        let mut reader = png::Decoder::new(std::io::Cursor::new(png_bytes))
-            .read_info()
-            .unwrap();
+        let mut reader = png::Decoder::new(std::io::Cursor::new(png_bytes)).read_info().unwrap();
         let mut pixels = vec![0; 6];
         reader.next_frame(&mut pixels).unwrap();
         assert_eq!(pixels, [1, 2, 3, 0xff, 0xfe, 0xfd]);

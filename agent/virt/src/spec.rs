@@ -21,11 +21,7 @@ pub enum Accel {
 #[serde(rename_all = "kebab-case")]
 pub enum Boot {
     /// QEMU loads the kernel itself; the disk needs no boot loader. Files on the host.
-    Direct {
-        kernel: PathBuf,
-        initrd: Option<PathBuf>,
-        cmdline: String,
-    },
+    Direct { kernel: PathBuf, initrd: Option<PathBuf>, cmdline: String },
     /// The first disk's boot loader.
     Disk,
 }
@@ -98,13 +94,7 @@ impl DomainSpec {
     pub const MACHINE: &'static str = "q35";
 
     /// A diskless machine with the usual devices; fill in disks, display and console.
-    pub fn new(
-        vm: VmId,
-        name: impl Into<String>,
-        memory: ByteLen,
-        boot: Boot,
-        accel: Accel,
-    ) -> Self {
+    pub fn new(vm: VmId, name: impl Into<String>, memory: ByteLen, boot: Boot, accel: Accel) -> Self {
         Self {
             vm,
             name: name.into(),

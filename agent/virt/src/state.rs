@@ -37,10 +37,7 @@ pub enum DomainState {
 impl DomainState {
     /// A process exists for it.
     pub fn is_active(self) -> bool {
-        matches!(
-            self,
-            Self::Starting | Self::Running | Self::Paused | Self::ShuttingDown
-        )
+        matches!(self, Self::Starting | Self::Running | Self::Paused | Self::ShuttingDown)
     }
 }
 
@@ -147,11 +144,7 @@ pub struct ExecRequest {
 impl ExecRequest {
     /// No input, 30 seconds.
     pub fn new<S: Into<String>>(argv: impl IntoIterator<Item = S>) -> Self {
-        Self {
-            argv: argv.into_iter().map(Into::into).collect(),
-            input: Vec::new(),
-            timeout: Duration::from_secs(30),
-        }
+        Self { argv: argv.into_iter().map(Into::into).collect(), input: Vec::new(), timeout: Duration::from_secs(30) }
     }
 }
 

@@ -26,10 +26,7 @@ impl Subscribers {
 
     fn subscribe_with(&self, capacity: usize) -> Receiver<HypervisorEvent> {
         let (sender, receiver) = bounded(capacity);
-        self.list.lock().push(Subscriber {
-            sender,
-            overflowed: false,
-        });
+        self.list.lock().push(Subscriber { sender, overflowed: false });
         receiver
     }
 
@@ -68,10 +65,7 @@ mod tests {
         assert_eq!(receiver.try_iter().count(), 2);
         subscribers.publish(&HypervisorEvent::ConnectionLost);
         let seen: Vec<_> = receiver.try_iter().collect();
-        assert_eq!(
-            seen,
-            [HypervisorEvent::Overflow, HypervisorEvent::ConnectionLost]
-        );
+        assert_eq!(seen, [HypervisorEvent::Overflow, HypervisorEvent::ConnectionLost]);
         drop(receiver);
         subscribers.publish(&HypervisorEvent::ConnectionLost);
         assert!(subscribers.list.lock().is_empty());

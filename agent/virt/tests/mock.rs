@@ -8,17 +8,9 @@ use muster_virt::{Accel, Boot, DomainSpec, conformance};
 fn the_mock_driver_conforms() {
     let hypervisor = muster_virt::open("test:///default").unwrap();
     let spec = |vm: VmId, name: &str| {
-        let boot = Boot::Direct {
-            kernel: "/k".into(),
-            initrd: None,
-            cmdline: String::new(),
-        };
+        let boot = Boot::Direct { kernel: "/k".into(), initrd: None, cmdline: String::new() };
         DomainSpec::new(vm, name, ByteLen::mib(256), boot, Accel::Tcg)
     };
-    let report = conformance::run(
-        hypervisor.as_ref(),
-        &conformance::Options::real_time("mock", &spec),
-    )
-    .unwrap();
+    let report = conformance::run(hypervisor.as_ref(), &conformance::Options::real_time("mock", &spec)).unwrap();
     println!("skipped: {:?}", report.skipped);
 }

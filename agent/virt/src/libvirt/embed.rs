@@ -9,8 +9,7 @@ use crate::error::{HypervisorError, HypervisorErrorKind, Result};
 /// libvirt makes unix sockets deep below the root; a longer root would exceed the 107 bytes of a socket path.
 pub const MAX_ROOT_LENGTH: usize = 48;
 
-const MARK: &str =
-    "# written by muster at every start; remove this line to keep your own version\n";
+const MARK: &str = "# written by muster at every start; remove this line to keep your own version\n";
 
 /// No privileges are dropped and nothing is confined: this is what works in containers and under any user. A hardened
 /// host runs the system daemon instead (`qemu:///system`), or removes the mark and writes its own file.
@@ -30,24 +29,15 @@ namespaces = []
 
 /// The directory named by an embed URI.
 pub(super) fn root_of(uri: &str) -> Result<PathBuf> {
-    let invalid = |why: &str| {
-        HypervisorError::new(
-            HypervisorErrorKind::InvalidSpec,
-            format!("open hypervisor {uri}: {why}"),
-        )
-    };
-    let query = uri
-        .split_once('?')
-        .map(|(_, query)| query)
-        .unwrap_or_default();
+    let invalid =
+        |why: &str| HypervisorError::new(HypervisorErrorKind::InvalidSpec, format!("open hypervisor {uri}: {why}"));
+    let query = uri.split_once('?').map(|(_, query)| query).unwrap_or_default();
     let root = query
         .split('&')
         .find_map(|pair| pair.strip_prefix("root="))
         .ok_or_else(|| invalid("an embedded hypervisor needs ?root=DIRECTORY"))?;
     if root.contains(['%', '#', '+']) || !Path::new(root).is_absolute() {
-        return Err(invalid(
-            "the root must be an absolute path without `%`, `#` and `+`",
-        ));
+        return Err(invalid("the root must be an absolute path without `%`, `#` and `+`"));
     }
     let root = root.trim_end_matches('/');
     if root.len() > MAX_ROOT_LENGTH {
@@ -64,9 +54,7 @@ pub(super) fn prepare(root: &Path) -> Result<()> {
     let file = root.join("etc/qemu.conf");
     let failed = |what: &str| {
         let context = format!("{what} {}", file.display());
-        move |e: std::io::Error| {
-            HypervisorError::with_source(HypervisorErrorKind::Connection, context, e)
-        }
+        move |e: std::io::Error| HypervisorError::with_source(HypervisorErrorKind::Connection, context, e)
     };
     fs::create_dir_all(root.join("etc")).map_err(failed("create the directory of"))?;
     let wanted = format!("{MARK}{QEMU_CONF}");
@@ -92,24 +80,10 @@ mod tests {
 
     #[test]
     fn the_root_of_an_embed_uri_is_absolute_and_short() {
-        assert_eq!(
-            root_of("qemu:///embed?root=/run/m/h1").unwrap(),
-            PathBuf::from("/run/m/h1")
-        );
-        assert_eq!(
-            root_of("qemu:///embed?x=1&root=/a/").unwrap(),
-            PathBuf::from("/a")
-        );
-        for bad in [
-            "qemu:///embed",
-            "qemu:///embed?root=rel",
-            "qemu:///embed?root=/a%20b",
-        ] {
-            assert_eq!(
-                root_of(bad).unwrap_err().kind(),
-                HypervisorErrorKind::InvalidSpec,
-                "{bad}"
-            );
+        assert_eq!(root_of("qemu:///embed?root=/run/m/h1").unwrap(), PathBuf::from("/run/m/h1"));
+        assert_eq!(root_of("qemu:///embed?x=1&root=/a/").unwrap(), PathBuf::from("/a"));
+        for bad in ["qemu:///embed", "qemu:///embed?root=rel", "qemu:///embed?root=/a%20b"] {
+            assert_eq!(root_of(bad).unwrap_err().kind(), HypervisorErrorKind::InvalidSpec, "{bad}");
         }
         let long = format!("qemu:///embed?root=/{}", "x".repeat(MAX_ROOT_LENGTH));
         assert!(root_of(&long).unwrap_err().context().contains("socket"));

@@ -16,17 +16,10 @@ pub(super) fn start() -> Result<()> {
         // without this libvirt writes every error to stderr, also those that are answers ("no such domain")
         virt::error::clear_error_callback();
         virt::event::event_register_default_impl().map_err(|e| e.to_string())?;
-        thread::Builder::new()
-            .name("libvirt-event".into())
-            .spawn(run)
-            .map_err(|e| e.to_string())
-            .map(drop)
+        thread::Builder::new().name("libvirt-event".into()).spawn(run).map_err(|e| e.to_string()).map(drop)
     });
     started.clone().map_err(|text| {
-        HypervisorError::new(
-            HypervisorErrorKind::Connection,
-            format!("start libvirt's event loop: {text}"),
-        )
+        HypervisorError::new(HypervisorErrorKind::Connection, format!("start libvirt's event loop: {text}"))
     })
 }
 

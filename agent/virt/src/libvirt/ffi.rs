@@ -20,22 +20,10 @@ use virt_sys as sys;
 /// An event as libvirt tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum RawEvent {
-    Lifecycle {
-        domain: Uuid,
-        event: u32,
-        detail: i32,
-    },
-    Reboot {
-        domain: Uuid,
-    },
-    IoError {
-        domain: Uuid,
-        alias: String,
-    },
-    Agent {
-        domain: Uuid,
-        state: u32,
-    },
+    Lifecycle { domain: Uuid, event: u32, detail: i32 },
+    Reboot { domain: Uuid },
+    IoError { domain: Uuid, alias: String },
+    Agent { domain: Uuid, state: u32 },
     Closed,
 }
 
@@ -78,9 +66,7 @@ unsafe fn copy_text(text: *const c_char) -> String {
         return String::new();
     }
     // SAFETY: by the caller's promise.
-    unsafe { CStr::from_ptr(text) }
-        .to_string_lossy()
-        .into_owned()
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
 /// # Safety
@@ -103,28 +89,15 @@ unsafe extern "C" fn on_lifecycle(
 ) -> c_int {
     // SAFETY: libvirt passes a live domain for the time of the callback, and our own opaque pointer.
     unsafe {
-        let event = domain_uuid(domain).map(|domain| RawEvent::Lifecycle {
-            domain,
-            event: event as u32,
-            detail,
-        });
+        let event = domain_uuid(domain).map(|domain| RawEvent::Lifecycle { domain, event: event as u32, detail });
         deliver(opaque, event);
     }
     0
 }
 
-unsafe extern "C" fn on_reboot(
-    _: sys::virConnectPtr,
-    domain: sys::virDomainPtr,
-    opaque: *mut c_void,
-) {
+unsafe extern "C" fn on_reboot(_: sys::virConnectPtr, domain: sys::virDomainPtr, opaque: *mut c_void) {
     // SAFETY: as in `on_lifecycle`.
-    unsafe {
-        deliver(
-            opaque,
-            domain_uuid(domain).map(|domain| RawEvent::Reboot { domain }),
-        )
-    }
+    unsafe { deliver(opaque, domain_uuid(domain).map(|domain| RawEvent::Reboot { domain })) }
 }
 
 unsafe extern "C" fn on_io_error(
@@ -138,10 +111,7 @@ unsafe extern "C" fn on_io_error(
     // SAFETY: as in `on_lifecycle`; the alias is a string libvirt owns during the callback.
     unsafe {
         let alias = copy_text(alias);
-        deliver(
-            opaque,
-            domain_uuid(domain).map(|domain| RawEvent::IoError { domain, alias }),
-        );
+        deliver(opaque, domain_uuid(domain).map(|domain| RawEvent::IoError { domain, alias }));
     }
 }
 
@@ -153,15 +123,7 @@ unsafe extern "C" fn on_agent(
     opaque: *mut c_void,
 ) {
     // SAFETY: as in `on_lifecycle`.
-    unsafe {
-        deliver(
-            opaque,
-            domain_uuid(domain).map(|domain| RawEvent::Agent {
-                domain,
-                state: state as u32,
-            }),
-        )
-    }
+    unsafe { deliver(opaque, domain_uuid(domain).map(|domain| RawEvent::Agent { domain, state: state as u32 })) }
 }
 
 unsafe extern "C" fn on_close(_: sys::virConnectPtr, _reason: c_int, opaque: *mut c_void) {
@@ -181,21 +143,16 @@ fn opaque_sink(sink: &Sink) -> *mut c_void {
 impl EventRegistration {
     /// Subscribes to everything [`RawEvent`] names. An event the driver does not have is left out.
     pub(super) fn register(connection: &Connect, sink: &Sink) -> Self {
-        let mut registration = Self {
-            connection: connection.clone(),
-            ids: Vec::new(),
-            close_callback: false,
-        };
+        let mut registration = Self { connection: connection.clone(), ids: Vec::new(), close_callback: false };
         // SAFETY: each function has the C signature libvirt documents for its event id; the generic callback type
         // erases exactly that signature, and libvirt calls it with the arguments of the event id given beside it.
         let callbacks = unsafe {
             [
                 (
                     sys::VIR_DOMAIN_EVENT_ID_LIFECYCLE,
-                    std::mem::transmute::<
-                        sys::virConnectDomainEventCallback,
-                        sys::virConnectDomainEventGenericCallback,
-                    >(Some(on_lifecycle)),
+                    std::mem::transmute::<sys::virConnectDomainEventCallback, sys::virConnectDomainEventGenericCallback>(
+                        Some(on_lifecycle),
+                    ),
                 ),
                 (sys::VIR_DOMAIN_EVENT_ID_REBOOT, Some(on_reboot as _)),
                 (
@@ -263,9 +220,7 @@ impl Drop for EventRegistration {
         }
         if self.close_callback {
             // SAFETY: registered on this connection in `register`.
-            unsafe {
-                sys::virConnectUnregisterCloseCallback(self.connection.as_ptr(), Some(on_close))
-            };
+            unsafe { sys::virConnectUnregisterCloseCallback(self.connection.as_ptr(), Some(on_close)) };
         }
     }
 }
@@ -281,9 +236,7 @@ pub(super) fn domain_stats(
     let count = match domain {
         None => {
             // SAFETY: live connection, valid out pointer.
-            unsafe {
-                sys::virConnectGetAllDomainStats(connection.as_ptr(), stats, &mut records, flags)
-            }
+            unsafe { sys::virConnectGetAllDomainStats(connection.as_ptr(), stats, &mut records, flags) }
         }
         Some(domain) => {
             let mut list = [domain.as_ptr(), ptr::null_mut()];
@@ -311,9 +264,7 @@ pub(super) fn domain_stats(
                     sys::VIR_TYPED_PARAM_UINT => Value::Number(u64::from(parameter.value.ui)),
                     sys::VIR_TYPED_PARAM_LLONG => Value::Number(parameter.value.l.max(0) as u64),
                     sys::VIR_TYPED_PARAM_ULLONG => Value::Number(parameter.value.ul),
-                    sys::VIR_TYPED_PARAM_BOOLEAN => {
-                        Value::Number(u64::from(parameter.value.b != 0))
-                    }
+                    sys::VIR_TYPED_PARAM_BOOLEAN => Value::Number(u64::from(parameter.value.b != 0)),
                     sys::VIR_TYPED_PARAM_STRING => Value::Text(copy_text(parameter.value.s)),
                     _ => continue,
                 };

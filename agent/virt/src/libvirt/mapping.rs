@@ -19,17 +19,11 @@ pub(super) fn kind_of(e: &Error) -> HypervisorErrorKind {
         | ErrorNumber::ConfigUnsupported
         | ErrorNumber::ArgumentUnsupported
         | ErrorNumber::OperationUnsupported => HypervisorErrorKind::Unsupported,
-        ErrorNumber::OperationTimeout | ErrorNumber::AgentCommandTimeout => {
-            HypervisorErrorKind::Unknown
-        }
-        ErrorNumber::AgentUnresponsive | ErrorNumber::AgentUnsynced => {
-            HypervisorErrorKind::AgentUnavailable
-        }
+        ErrorNumber::OperationTimeout | ErrorNumber::AgentCommandTimeout => HypervisorErrorKind::Unknown,
+        ErrorNumber::AgentUnresponsive | ErrorNumber::AgentUnsynced => HypervisorErrorKind::AgentUnavailable,
         ErrorNumber::AgentCommandFailed => HypervisorErrorKind::GuestFailed,
         ErrorNumber::NoConnect | ErrorNumber::Rpc => HypervisorErrorKind::Connection,
-        ErrorNumber::XmlError | ErrorNumber::XmlDetail | ErrorNumber::InvalidArg => {
-            HypervisorErrorKind::InvalidSpec
-        }
+        ErrorNumber::XmlError | ErrorNumber::XmlDetail | ErrorNumber::InvalidArg => HypervisorErrorKind::InvalidSpec,
         _ => HypervisorErrorKind::Other,
     }
 }
@@ -38,14 +32,10 @@ pub(super) fn kind_of(e: &Error) -> HypervisorErrorKind {
 pub(super) fn state_of(state: u32, reason: i32, saved: bool) -> (DomainState, StateReason) {
     let reason = reason as u32;
     match state {
-        sys::VIR_DOMAIN_RUNNING | sys::VIR_DOMAIN_BLOCKED => {
-            (DomainState::Running, StateReason::None)
-        }
+        sys::VIR_DOMAIN_RUNNING | sys::VIR_DOMAIN_BLOCKED => (DomainState::Running, StateReason::None),
         sys::VIR_DOMAIN_PAUSED => match reason {
             sys::VIR_DOMAIN_PAUSED_STARTING_UP => (DomainState::Starting, StateReason::None),
-            sys::VIR_DOMAIN_PAUSED_SHUTTING_DOWN => {
-                (DomainState::ShuttingDown, StateReason::GuestShutdown)
-            }
+            sys::VIR_DOMAIN_PAUSED_SHUTTING_DOWN => (DomainState::ShuttingDown, StateReason::GuestShutdown),
             sys::VIR_DOMAIN_PAUSED_CRASHED => (DomainState::Crashed, StateReason::Crashed),
             sys::VIR_DOMAIN_PAUSED_IOERROR => (DomainState::Paused, StateReason::IoError),
             sys::VIR_DOMAIN_PAUSED_USER => (DomainState::Paused, StateReason::User),
@@ -75,9 +65,7 @@ pub(super) fn state_of(state: u32, reason: i32, saved: bool) -> (DomainState, St
 pub(super) fn lifecycle_event(event: u32, detail: i32) -> Option<(DomainState, StateReason)> {
     let detail = detail as u32;
     Some(match event {
-        sys::VIR_DOMAIN_EVENT_STARTED | sys::VIR_DOMAIN_EVENT_RESUMED => {
-            (DomainState::Running, StateReason::None)
-        }
+        sys::VIR_DOMAIN_EVENT_STARTED | sys::VIR_DOMAIN_EVENT_RESUMED => (DomainState::Running, StateReason::None),
         sys::VIR_DOMAIN_EVENT_SUSPENDED => {
             let reason = match detail {
                 sys::VIR_DOMAIN_EVENT_SUSPENDED_IOERROR => StateReason::IoError,
@@ -87,9 +75,7 @@ pub(super) fn lifecycle_event(event: u32, detail: i32) -> Option<(DomainState, S
             (DomainState::Paused, reason)
         }
         sys::VIR_DOMAIN_EVENT_STOPPED => match detail {
-            sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN => {
-                (DomainState::Off, StateReason::GuestShutdown)
-            }
+            sys::VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN => (DomainState::Off, StateReason::GuestShutdown),
             sys::VIR_DOMAIN_EVENT_STOPPED_DESTROYED => (DomainState::Off, StateReason::Destroyed),
             sys::VIR_DOMAIN_EVENT_STOPPED_CRASHED => (DomainState::Crashed, StateReason::Crashed),
             sys::VIR_DOMAIN_EVENT_STOPPED_SAVED => (DomainState::Saved, StateReason::User),

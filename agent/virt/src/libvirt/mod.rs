@@ -29,8 +29,7 @@ use crate::hypervisor::{Capabilities, Hypervisor, HypervisorInfo, HypervisorKind
 use crate::screenshot::Screenshot;
 use crate::spec::DomainSpec;
 use crate::state::{
-    BlockStats, DomainState, DomainStats, DomainStatus, ExecRequest, ExecResult, HypervisorEvent,
-    NetStats,
+    BlockStats, DomainState, DomainStats, DomainStatus, ExecRequest, ExecResult, HypervisorEvent, NetStats,
 };
 use crate::subscribers::Subscribers;
 use ffi::{EventRegistration, RawEvent, Sink, StatsRecord};
@@ -65,35 +64,28 @@ impl Libvirt {
         event_loop::start()?;
         let connection = Connect::open(Some(uri)).map_err(|e| open_failed(uri, kind, e))?;
         // the driver probes QEMU lazily, which would cost the first start four seconds: make it do so now
-        let capabilities_xml = connection
-            .get_capabilities()
-            .map_err(|e| failed(&format!("ask {uri} for its capabilities"), e))?;
+        let capabilities_xml =
+            connection.get_capabilities().map_err(|e| failed(&format!("ask {uri} for its capabilities"), e))?;
         if kind != HypervisorKind::LibvirtTest && !capabilities_xml.contains("<guest>") {
             return Err(HypervisorError::new(
                 HypervisorErrorKind::NotInstalled,
                 format!("open hypervisor {uri}: libvirt finds no QEMU; install qemu-system-x86"),
             ));
         }
-        let version =
-            |raw: u32| format!("{}.{}.{}", raw / 1_000_000, raw / 1000 % 1000, raw % 1000);
+        let version = |raw: u32| format!("{}.{}.{}", raw / 1_000_000, raw / 1000 % 1000, raw % 1000);
         let real = kind != HypervisorKind::LibvirtTest;
         let info = HypervisorInfo {
             kind,
             uri: uri.to_owned(),
-            library_version: connection
-                .get_lib_version()
-                .map(version)
-                .unwrap_or_default(),
-            hypervisor_version: connection
-                .get_hyp_version()
-                .map(version)
-                .unwrap_or_default(),
+            library_version: connection.get_lib_version().map(version).unwrap_or_default(),
+            hypervisor_version: connection.get_hyp_version().map(version).unwrap_or_default(),
             guest_arch: std::env::consts::ARCH.to_owned(),
             capabilities: Capabilities {
                 guest_agent: real,
                 screenshot: real,
                 managed_save: true,
-                reset: real,
+                reset: true,
+                start_paused: real,
                 device_stats: real,
                 survives_restart: real,
                 migration_destination: kind == HypervisorKind::QemuSystem,
@@ -107,13 +99,7 @@ impl Libvirt {
             }
         });
         let events = EventRegistration::register(&connection, &sink);
-        Ok(Self {
-            _events: events,
-            connection,
-            info,
-            subscribers,
-            ours: Mutex::new(HashSet::new()),
-        })
+        Ok(Self { _events: events, connection, info, subscribers, ours: Mutex::new(HashSet::new()) })
     }
 
     fn is_test(&self) -> bool {
@@ -131,14 +117,16 @@ impl Libvirt {
     }
 
     /// Runs one call on one domain.
-    fn on<T>(
-        &self,
-        vm: VmId,
-        what: &str,
-        call: impl FnOnce(&Domain) -> Result<T, Error>,
-    ) -> Result<T> {
+    fn on<T>(&self, vm: VmId, what: &str, call: impl FnOnce(&Domain) -> Result<T, Error>) -> Result<T> {
         let domain = self.find(vm)?;
         call(&domain).map_err(|e| failed(&format!("{what} domain {vm}"), e))
+    }
+
+    /// As `on`, for calls that need a process. The QEMU driver checks it too; the mock answers with untyped errors.
+    fn on_active<T>(&self, vm: VmId, what: &str, call: impl FnOnce(&Domain) -> Result<T, Error>) -> Result<T> {
+        self.on(vm, what, |domain| Ok(if domain.is_active()? { Some(call(domain)?) } else { None }))?.ok_or_else(|| {
+            HypervisorError::new(HypervisorErrorKind::InvalidState, format!("{what} domain {vm}: it is off"))
+        })
     }
 
     fn is_ours(&self, vm: VmId, domain: &Domain) -> bool {
@@ -146,9 +134,7 @@ impl Libvirt {
             return true;
         }
         let element = sys::VIR_DOMAIN_METADATA_ELEMENT as i32;
-        let ours = domain
-            .get_metadata(element, Some(xml::METADATA_NAMESPACE), 0)
-            .is_ok();
+        let ours = domain.get_metadata(element, Some(xml::METADATA_NAMESPACE), 0).is_ok();
         if ours {
             self.ours.lock().insert(vm);
         }
@@ -163,10 +149,9 @@ impl Libvirt {
         let (state, reason) = state_of(raw, reason, saved);
         let agent_connected = match state {
             _ if self.is_test() => None,
-            DomainState::Running | DomainState::Paused | DomainState::ShuttingDown => domain
-                .get_xml_desc(0)
-                .ok()
-                .map(|xml| agent_channel_open(&xml)),
+            DomainState::Running | DomainState::Paused | DomainState::ShuttingDown => {
+                domain.get_xml_desc(0).ok().map(|xml| agent_channel_open(&xml))
+            }
             _ => Some(false),
         };
         Ok(DomainStatus {
@@ -181,43 +166,33 @@ impl Libvirt {
     }
 
     fn create(&self, vm: VmId, flags: u32) -> Result<()> {
-        self.on(vm, "start", |domain| domain.create_with_flags(flags))
-            .map(drop)
+        let started = self.on(vm, "start", |domain| {
+            Ok(if domain.is_active()? { None } else { Some(domain.create_with_flags(flags)?) })
+        })?;
+        started.map(drop).ok_or_else(|| {
+            HypervisorError::new(HypervisorErrorKind::InvalidState, format!("start domain {vm}: it is active"))
+        })
     }
 
-    fn agent_command(
-        &self,
-        vm: VmId,
-        domain: &Domain,
-        command: &Value,
-        timeout: Duration,
-    ) -> Result<Value> {
+    fn agent_command(&self, vm: VmId, domain: &Domain, command: &Value, timeout: Duration) -> Result<Value> {
         // whole seconds, and 0 would mean "do not wait for an answer"
         let seconds = timeout.as_secs_f64().ceil().clamp(1.0, 3600.0) as i32;
-        let answer = domain
-            .qemu_agent_command(&command.to_string(), seconds, 0)
-            .map_err(|e| {
-                let kind = match kind_of(&e) {
-                    // "guest agent is not configured"
-                    HypervisorErrorKind::Unsupported if !self.is_test() => {
-                        HypervisorErrorKind::AgentUnavailable
-                    }
-                    // libvirt 9 passes an error the agent answered with as its own internal error
-                    _ if e.code() == ErrorNumber::InternalError => HypervisorErrorKind::GuestFailed,
-                    kind => kind,
-                };
-                let name = command["execute"].as_str().unwrap_or_default();
-                HypervisorError::with_source(kind, format!("{name} in the guest of domain {vm}"), e)
-            })?;
+        let answer = domain.qemu_agent_command(&command.to_string(), seconds, 0).map_err(|e| {
+            let kind = match kind_of(&e) {
+                // "guest agent is not configured"
+                HypervisorErrorKind::Unsupported if !self.is_test() => HypervisorErrorKind::AgentUnavailable,
+                // libvirt 9 passes an error the agent answered with as its own internal error
+                _ if e.code() == ErrorNumber::InternalError => HypervisorErrorKind::GuestFailed,
+                kind => kind,
+            };
+            let name = command["execute"].as_str().unwrap_or_default();
+            HypervisorError::with_source(kind, format!("{name} in the guest of domain {vm}"), e)
+        })?;
         guest::parse_answer(&answer)
     }
 
     /// Runs one conversation with the guest agent.
-    fn with_agent<T>(
-        &self,
-        vm: VmId,
-        talk: impl FnOnce(guest::Command<'_>) -> Result<T>,
-    ) -> Result<T> {
+    fn with_agent<T>(&self, vm: VmId, talk: impl FnOnce(guest::Command<'_>) -> Result<T>) -> Result<T> {
         let domain = self.find(vm)?;
         talk(&|command, timeout| self.agent_command(vm, &domain, command, timeout))
     }
@@ -234,14 +209,11 @@ impl Libvirt {
         if domain.is_none() {
             flags |= sys::VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE;
         }
-        ffi::domain_stats(&self.connection, domain, wanted, flags)
-            .map_err(|e| failed("read domain statistics", e))
+        ffi::domain_stats(&self.connection, domain, wanted, flags).map_err(|e| failed("read domain statistics", e))
     }
 
     fn info_stats(&self, vm: VmId, domain: &Domain) -> Result<DomainStats> {
-        let info = domain
-            .get_info()
-            .map_err(|e| failed(&format!("read statistics of domain {vm}"), e))?;
+        let info = domain.get_info().map_err(|e| failed(&format!("read statistics of domain {vm}"), e))?;
         Ok(DomainStats {
             vm,
             state: state_of(info.state, 0, false).0,
@@ -267,18 +239,13 @@ fn open_failed(uri: &str, kind: HypervisorKind, e: Error) -> HypervisorError {
     // qemu.conf's defaults name a user that a package creates; it is looked up even when overridden
     let no_user = e.message().contains("parse user") || e.message().contains("parse group");
     let (kind, hint) = match kind {
-        HypervisorKind::QemuEmbedded if no_user => (
-            HypervisorErrorKind::NotInstalled,
-            "install libvirt-daemon-system",
-        ),
-        HypervisorKind::QemuEmbedded if no_driver => (
-            HypervisorErrorKind::NotInstalled,
-            "install libvirt-daemon-driver-qemu and qemu-system-x86",
-        ),
-        HypervisorKind::QemuSystem => (
-            HypervisorErrorKind::Connection,
-            "is libvirtd running? It comes with libvirt-daemon-system",
-        ),
+        HypervisorKind::QemuEmbedded if no_user => (HypervisorErrorKind::NotInstalled, "install libvirt-daemon-system"),
+        HypervisorKind::QemuEmbedded if no_driver => {
+            (HypervisorErrorKind::NotInstalled, "install libvirt-daemon-driver-qemu and qemu-system-x86")
+        }
+        HypervisorKind::QemuSystem => {
+            (HypervisorErrorKind::Connection, "is libvirtd running? It comes with libvirt-daemon-system")
+        }
         _ => (HypervisorErrorKind::Connection, "see the cause"),
     };
     HypervisorError::with_source(kind, format!("open hypervisor {uri}: {hint}"), e)
@@ -286,25 +253,12 @@ fn open_failed(uri: &str, kind: HypervisorKind, e: Error) -> HypervisorError {
 
 fn translate(raw: RawEvent) -> Option<HypervisorEvent> {
     Some(match raw {
-        RawEvent::Lifecycle {
-            domain,
-            event,
-            detail,
-        } => {
+        RawEvent::Lifecycle { domain, event, detail } => {
             let (state, reason) = lifecycle_event(event, detail)?;
-            HypervisorEvent::Lifecycle {
-                vm: VmId::from_uuid(domain),
-                state,
-                reason,
-            }
+            HypervisorEvent::Lifecycle { vm: VmId::from_uuid(domain), state, reason }
         }
-        RawEvent::Reboot { domain } => HypervisorEvent::Rebooted {
-            vm: VmId::from_uuid(domain),
-        },
-        RawEvent::IoError { domain, alias } => HypervisorEvent::IoError {
-            vm: VmId::from_uuid(domain),
-            disk: alias,
-        },
+        RawEvent::Reboot { domain } => HypervisorEvent::Rebooted { vm: VmId::from_uuid(domain) },
+        RawEvent::IoError { domain, alias } => HypervisorEvent::IoError { vm: VmId::from_uuid(domain), disk: alias },
         RawEvent::Agent { domain, state } => HypervisorEvent::GuestAgent {
             vm: VmId::from_uuid(domain),
             connected: state == sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED,
@@ -325,12 +279,7 @@ fn stats_from(record: &StatsRecord) -> DomainStats {
     let kib = |name: &str| number(name).and_then(|n| n.checked_mul(1024)).map(ByteLen);
     let count = |name: &str| number(name).unwrap_or(0);
     let state = number("state.state").map_or(DomainState::Unknown, |state| {
-        state_of(
-            state as u32,
-            number("state.reason").unwrap_or(0) as i32,
-            false,
-        )
-        .0
+        state_of(state as u32, number("state.reason").unwrap_or(0) as i32, false).0
     });
     DomainStats {
         vm: VmId::from_uuid(record.domain),
@@ -369,11 +318,7 @@ impl Hypervisor for Libvirt {
     }
 
     fn define(&self, spec: &DomainSpec) -> Result<()> {
-        let flavour = if self.is_test() {
-            xml::Flavour::Test
-        } else {
-            xml::Flavour::Qemu
-        };
+        let flavour = if self.is_test() { xml::Flavour::Test } else { xml::Flavour::Qemu };
         let xml = xml::domain_xml(spec, flavour)?;
         let context = format!("define domain {} ({})", spec.vm, spec.name);
         if let Ok(present) = self.find(spec.vm) {
@@ -385,9 +330,7 @@ impl Hypervisor for Libvirt {
             }
             let name = present.get_name().map_err(|e| failed(&context, e))?;
             if name != spec.name {
-                present
-                    .rename(&spec.name, 0)
-                    .map_err(|e| failed(&context, e))?;
+                present.rename(&spec.name, 0).map_err(|e| failed(&context, e))?;
             }
         } else if Domain::lookup_by_name(&self.connection, &spec.name).is_ok() {
             return Err(HypervisorError::new(
@@ -405,10 +348,7 @@ impl Hypervisor for Libvirt {
         let context = format!("undefine domain {vm}");
         if domain.is_active().map_err(|e| failed(&context, e))? {
             // libvirt would make it a transient domain, which nobody here wants
-            return Err(HypervisorError::new(
-                HypervisorErrorKind::InvalidState,
-                format!("{context}: it is active"),
-            ));
+            return Err(HypervisorError::new(HypervisorErrorKind::InvalidState, format!("{context}: it is active")));
         }
         let flags = if self.is_test() {
             sys::VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
@@ -418,18 +358,13 @@ impl Hypervisor for Libvirt {
                 | sys::VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
                 | sys::VIR_DOMAIN_UNDEFINE_NVRAM
         };
-        domain
-            .undefine_flags(flags)
-            .map_err(|e| failed(&context, e))?;
+        domain.undefine_flags(flags).map_err(|e| failed(&context, e))?;
         self.ours.lock().remove(&vm);
         Ok(())
     }
 
     fn list(&self) -> Result<Vec<DomainStatus>> {
-        let domains = self
-            .connection
-            .list_all_domains(0)
-            .map_err(|e| failed("list domains", e))?;
+        let domains = self.connection.list_all_domains(0).map_err(|e| failed("list domains", e))?;
         let mut rows = Vec::with_capacity(domains.len());
         for domain in &domains {
             let uuid = domain.get_uuid().map_err(|e| failed("list domains", e))?;
@@ -454,6 +389,9 @@ impl Hypervisor for Libvirt {
     }
 
     fn start_paused(&self, vm: VmId) -> Result<()> {
+        if self.is_test() {
+            return Err(HypervisorError::unsupported("a paused start"));
+        }
         self.create(vm, sys::VIR_DOMAIN_START_PAUSED)
     }
 
@@ -466,17 +404,15 @@ impl Hypervisor for Libvirt {
             ShutdownMode::Agent => sys::VIR_DOMAIN_SHUTDOWN_GUEST_AGENT,
             ShutdownMode::Acpi => sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN,
         };
-        self.on(vm, "shut down", |domain| domain.shutdown_flags(flags))
-            .map(drop)
-            .map_err(agent_missing(mode))
+        self.on_active(vm, "shut down", |domain| domain.shutdown_flags(flags)).map(drop).map_err(agent_missing(mode))
     }
 
     fn power_off(&self, vm: VmId) -> Result<()> {
-        self.on(vm, "power off", Domain::destroy)
+        self.on_active(vm, "power off", Domain::destroy)
     }
 
     fn reset(&self, vm: VmId) -> Result<()> {
-        self.on(vm, "reset", Domain::reset).map(drop)
+        self.on_active(vm, "reset", Domain::reset).map(drop)
     }
 
     fn reboot(&self, vm: VmId, mode: ShutdownMode) -> Result<()> {
@@ -488,18 +424,14 @@ impl Hypervisor for Libvirt {
             ShutdownMode::Agent => sys::VIR_DOMAIN_REBOOT_GUEST_AGENT,
             ShutdownMode::Acpi => sys::VIR_DOMAIN_REBOOT_ACPI_POWER_BTN,
         };
-        self.on(vm, "reboot", |domain| domain.reboot(flags))
-            .map_err(agent_missing(mode))
+        self.on_active(vm, "reboot", |domain| domain.reboot(flags)).map_err(agent_missing(mode))
     }
 
     fn pause(&self, vm: VmId) -> Result<()> {
         let domain = self.find(vm)?;
         // libvirt accepts this silently for a paused domain; the trait promises InvalidState
         self.refuse_unless(vm, &domain, "pause", sys::VIR_DOMAIN_RUNNING)?;
-        domain
-            .suspend()
-            .map(drop)
-            .map_err(|e| failed(&format!("pause domain {vm}"), e))
+        domain.suspend().map(drop).map_err(|e| failed(&format!("pause domain {vm}"), e))
     }
 
     fn resume(&self, vm: VmId) -> Result<()> {
@@ -508,10 +440,7 @@ impl Hypervisor for Libvirt {
         let (state, _) = domain.get_state().map_err(|e| failed(&context, e))?;
         if state == sys::VIR_DOMAIN_PMSUSPENDED {
             // asleep by its own wish (ACPI S3)
-            return domain
-                .pm_wakeup(0)
-                .map(drop)
-                .map_err(|e| failed(&context, e));
+            return domain.pm_wakeup(0).map(drop).map_err(|e| failed(&context, e));
         }
         // the mock has no typed error for this
         self.refuse_unless(vm, &domain, "resume", sys::VIR_DOMAIN_PAUSED)?;
@@ -519,40 +448,23 @@ impl Hypervisor for Libvirt {
     }
 
     fn suspend(&self, vm: VmId) -> Result<()> {
-        self.on(vm, "suspend to disk", |domain| domain.managed_save(0))
-            .map(drop)
+        self.on_active(vm, "suspend to disk", |domain| domain.managed_save(0)).map(drop)
     }
 
     fn discard_saved(&self, vm: VmId) -> Result<()> {
         let domain = self.find(vm)?;
         let context = format!("discard saved memory of domain {vm}");
-        if !domain
-            .has_managed_save(0)
-            .map_err(|e| failed(&context, e))?
-        {
-            return Err(HypervisorError::new(
-                HypervisorErrorKind::InvalidState,
-                format!("{context}: there is none"),
-            ));
+        if !domain.has_managed_save(0).map_err(|e| failed(&context, e))? {
+            return Err(HypervisorError::new(HypervisorErrorKind::InvalidState, format!("{context}: there is none")));
         }
-        domain
-            .managed_save_remove(0)
-            .map(drop)
-            .map_err(|e| failed(&context, e))
+        domain.managed_save_remove(0).map(drop).map_err(|e| failed(&context, e))
     }
 
     fn guest_ping(&self, vm: VmId, timeout: Duration) -> Result<bool> {
-        let answer = self.with_agent(vm, |command| {
-            command(&json!({ "execute": "guest-ping" }), timeout)
-        });
+        let answer = self.with_agent(vm, |command| command(&json!({ "execute": "guest-ping" }), timeout));
         match answer {
             Ok(_) => Ok(true),
-            Err(e)
-                if matches!(
-                    e.kind(),
-                    HypervisorErrorKind::AgentUnavailable | HypervisorErrorKind::Unknown
-                ) =>
-            {
+            Err(e) if matches!(e.kind(), HypervisorErrorKind::AgentUnavailable | HypervisorErrorKind::Unknown) => {
                 Ok(false)
             }
             Err(e) => Err(e),
@@ -594,10 +506,7 @@ impl Hypervisor for Libvirt {
             }
             bytes.extend_from_slice(&buffer[..count]);
             if bytes.len() > SCREENSHOT_LIMIT {
-                return Err(HypervisorError::new(
-                    HypervisorErrorKind::Other,
-                    format!("{context}: too large"),
-                ));
+                return Err(HypervisorError::new(HypervisorErrorKind::Other, format!("{context}: too large")));
             }
         }
         stream.finish().map_err(fail)?;
@@ -610,18 +519,12 @@ impl Hypervisor for Libvirt {
             return self.info_stats(vm, &domain);
         }
         let records = self.statistics(Some(&domain))?;
-        records
-            .first()
-            .map(stats_from)
-            .ok_or_else(|| HypervisorError::not_found(vm))
+        records.first().map(stats_from).ok_or_else(|| HypervisorError::not_found(vm))
     }
 
     fn all_stats(&self) -> Result<Vec<DomainStats>> {
         let flags = sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE;
-        let domains = self
-            .connection
-            .list_all_domains(flags)
-            .map_err(|e| failed("list domains", e))?;
+        let domains = self.connection.list_all_domains(flags).map_err(|e| failed("list domains", e))?;
         let mut ours = HashMap::with_capacity(domains.len());
         for domain in domains {
             let vm = VmId::from_uuid(domain.get_uuid().map_err(|e| failed("list domains", e))?);
@@ -630,17 +533,9 @@ impl Hypervisor for Libvirt {
             }
         }
         if self.is_test() {
-            return ours
-                .iter()
-                .map(|(vm, domain)| self.info_stats(*vm, domain))
-                .collect();
+            return ours.iter().map(|(vm, domain)| self.info_stats(*vm, domain)).collect();
         }
-        Ok(self
-            .statistics(None)?
-            .iter()
-            .map(stats_from)
-            .filter(|row| ours.contains_key(&row.vm))
-            .collect())
+        Ok(self.statistics(None)?.iter().map(stats_from).filter(|row| ours.contains_key(&row.vm)).collect())
     }
 
     fn events(&self) -> Receiver<HypervisorEvent> {
@@ -655,15 +550,8 @@ impl Libvirt {
         if state == wanted {
             return Ok(());
         }
-        let text = format!(
-            "{}: its state is {:?}",
-            context(),
-            state_of(state, 0, false).0
-        );
-        Err(HypervisorError::new(
-            HypervisorErrorKind::InvalidState,
-            text,
-        ))
+        let text = format!("{}: its state is {:?}", context(), state_of(state, 0, false).0);
+        Err(HypervisorError::new(HypervisorErrorKind::InvalidState, text))
     }
 }
 

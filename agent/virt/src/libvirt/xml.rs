@@ -40,17 +40,14 @@ fn invalid(what: impl Into<String>) -> HypervisorError {
 
 /// XML 1.0 has no way to write most control characters, not even escaped.
 fn writable(text: &str) -> bool {
-    text.chars()
-        .all(|c| !c.is_control() && c != '\u{fffe}' && c != '\u{ffff}')
+    text.chars().all(|c| !c.is_control() && c != '\u{fffe}' && c != '\u{ffff}')
 }
 
 fn path_text<'a>(what: &str, path: &'a Path) -> Result<&'a str> {
     let text = path.to_str().filter(|t| writable(t));
     match text {
         Some(text) if path.is_absolute() => Ok(text),
-        _ => Err(invalid(format!(
-            "{what} {path:?} is not an absolute path in plain text"
-        ))),
+        _ => Err(invalid(format!("{what} {path:?} is not an absolute path in plain text"))),
     }
 }
 
@@ -67,89 +64,46 @@ fn check_socket(what: &str, path: &Path) -> Result<()> {
 fn check(spec: &DomainSpec) -> Result<()> {
     let name = spec.name.as_str();
     // libvirt makes file names of it
-    let usable = !name.trim().is_empty()
-        && name.len() <= 128
-        && writable(name)
-        && !name.contains('/')
-        && !name.starts_with('.');
+    let usable =
+        !name.trim().is_empty() && name.len() <= 128 && writable(name) && !name.contains('/') && !name.starts_with('.');
     if !usable {
         return Err(invalid(format!(
             "domain name {name:?}: give 1 to 128 bytes without `/` and control characters, not starting with a dot"
         )));
     }
     if spec.vcpus == 0 || spec.max_vcpus < spec.vcpus {
-        return Err(invalid(format!(
-            "{} processors of at most {}",
-            spec.vcpus, spec.max_vcpus
-        )));
+        return Err(invalid(format!("{} processors of at most {}", spec.vcpus, spec.max_vcpus)));
     }
     if spec.memory.bytes() < 1 << 20 {
-        return Err(invalid(format!(
-            "memory of {} is less than 1 MiB",
-            spec.memory
-        )));
+        return Err(invalid(format!("memory of {} is less than 1 MiB", spec.memory)));
     }
-    let plain = |text: &str| {
-        !text.is_empty()
-            && text
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
-    };
+    let plain = |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
     if !plain(&spec.machine) {
         return Err(invalid(format!("machine type {:?}", spec.machine)));
     }
-    if let Boot::Direct {
-        kernel,
-        initrd,
-        cmdline,
-    } = &spec.boot
-    {
+    if let Boot::Direct { kernel, initrd, cmdline } = &spec.boot {
         path_text("kernel", kernel)?;
-        initrd
-            .as_deref()
-            .map(|p| path_text("initrd", p))
-            .transpose()?;
+        initrd.as_deref().map(|p| path_text("initrd", p)).transpose()?;
         if !writable(cmdline) {
-            return Err(invalid(
-                "the kernel command line contains control characters",
-            ));
+            return Err(invalid("the kernel command line contains control characters"));
         }
     } else if spec.disks.is_empty() {
         return Err(invalid("boot from disk without a disk"));
     }
     for (index, disk) in spec.disks.iter().enumerate() {
         let letters = disk.target.strip_prefix("vd").unwrap_or_default();
-        if letters.is_empty()
-            || letters.len() > 2
-            || !letters.bytes().all(|b| b.is_ascii_lowercase())
-        {
-            return Err(invalid(format!(
-                "disk target {:?} is not vda, vdb, ...",
-                disk.target
-            )));
+        if letters.is_empty() || letters.len() > 2 || !letters.bytes().all(|b| b.is_ascii_lowercase()) {
+            return Err(invalid(format!("disk target {:?} is not vda, vdb, ...", disk.target)));
         }
-        if spec.disks[..index]
-            .iter()
-            .any(|other| other.target == disk.target)
-        {
-            return Err(invalid(format!(
-                "disk target {} is used twice",
-                disk.target
-            )));
+        if spec.disks[..index].iter().any(|other| other.target == disk.target) {
+            return Err(invalid(format!("disk target {} is used twice", disk.target)));
         }
         if !plain(&disk.export_name) || disk.export_name.len() > 256 {
             return Err(invalid(format!("export name {:?}", disk.export_name)));
         }
         check_socket("export socket", &disk.export_socket)?;
-        if disk
-            .serial
-            .as_deref()
-            .is_some_and(|serial| !plain(serial) || serial.len() > 20)
-        {
-            return Err(invalid(format!(
-                "disk serial {:?}: at most 20 of letters, digits, `._-`",
-                disk.serial
-            )));
+        if disk.serial.as_deref().is_some_and(|serial| !plain(serial) || serial.len() > 20) {
+            return Err(invalid(format!("disk serial {:?}: at most 20 of letters, digits, `._-`", disk.serial)));
         }
     }
     if let Some(socket) = &spec.vnc_socket {
@@ -158,15 +112,11 @@ fn check(spec: &DomainSpec) -> Result<()> {
     match &spec.console {
         Console::None => {}
         Console::Pty { log } => {
-            log.as_deref()
-                .map(|p| path_text("console log", p))
-                .transpose()?;
+            log.as_deref().map(|p| path_text("console log", p)).transpose()?;
         }
         Console::Socket { path, log } => {
             check_socket("console socket", path)?;
-            log.as_deref()
-                .map(|p| path_text("console log", p))
-                .transpose()?;
+            log.as_deref().map(|p| path_text("console log", p)).transpose()?;
         }
     }
     for nic in &spec.nics {
@@ -184,14 +134,10 @@ fn check(spec: &DomainSpec) -> Result<()> {
 fn is_unicast_mac(text: &str) -> bool {
     let bytes: Vec<Option<u8>> = text
         .split(':')
-        .map(|part| {
-            (part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit())).then_some(part)
-        })
+        .map(|part| (part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit())).then_some(part))
         .map(|part| u8::from_str_radix(part?, 16).ok())
         .collect();
-    bytes.len() == 6
-        && bytes.iter().all(Option::is_some)
-        && bytes[0].is_some_and(|first| first & 1 == 0)
+    bytes.len() == 6 && bytes.iter().all(Option::is_some) && bytes[0].is_some_and(|first| first & 1 == 0)
 }
 
 /// A locally administered address made of 46 random bits of the VM id: the usual `52:54:00` prefix leaves 24, and a
@@ -199,14 +145,7 @@ fn is_unicast_mac(text: &str) -> bool {
 fn derived_mac(vm: VmId, index: usize) -> String {
     let id = vm.uuid().into_bytes();
     let last = id[15].wrapping_add(index as u8);
-    format!(
-        "{:02x}:{:02x}:{:02x}:{:02x}:{:02x}:{last:02x}",
-        id[10] & 0xfc | 0x02,
-        id[11],
-        id[12],
-        id[13],
-        id[14]
-    )
+    format!("{:02x}:{:02x}:{:02x}:{:02x}:{:02x}:{last:02x}", id[10] & 0xfc | 0x02, id[11], id[12], id[13], id[14])
 }
 
 /// Text or attribute value, both kinds of quotes escaped.
@@ -242,31 +181,14 @@ fn render(spec: &DomainSpec, flavour: Flavour) -> Result<String, std::fmt::Error
     writeln!(x, "  <name>{}</name>", escape(&spec.name))?;
     writeln!(x, "  <uuid>{}</uuid>", spec.vm)?;
     writeln!(x, "  <metadata>")?;
-    writeln!(
-        x,
-        "    <muster:domain xmlns:muster='{METADATA_NAMESPACE}' vm='{}'/>",
-        spec.vm
-    )?;
+    writeln!(x, "    <muster:domain xmlns:muster='{METADATA_NAMESPACE}' vm='{}'/>", spec.vm)?;
     writeln!(x, "  </metadata>")?;
     writeln!(x, "  <memory unit='b'>{}</memory>", spec.memory.bytes())?;
-    writeln!(
-        x,
-        "  <vcpu placement='static' current='{}'>{}</vcpu>",
-        spec.vcpus, spec.max_vcpus
-    )?;
+    writeln!(x, "  <vcpu placement='static' current='{}'>{}</vcpu>", spec.vcpus, spec.max_vcpus)?;
     writeln!(x, "  <os>")?;
     if qemu {
-        writeln!(
-            x,
-            "    <type arch='x86_64' machine='{}'>hvm</type>",
-            escape(&spec.machine)
-        )?;
-        if let Boot::Direct {
-            kernel,
-            initrd,
-            cmdline,
-        } = &spec.boot
-        {
+        writeln!(x, "    <type arch='x86_64' machine='{}'>hvm</type>", escape(&spec.machine))?;
+        if let Boot::Direct { kernel, initrd, cmdline } = &spec.boot {
             writeln!(x, "    <kernel>{}</kernel>", escape_path(kernel))?;
             if let Some(initrd) = initrd {
                 writeln!(x, "    <initrd>{}</initrd>", escape_path(initrd))?;
@@ -281,10 +203,7 @@ fn render(spec: &DomainSpec, flavour: Flavour) -> Result<String, std::fmt::Error
     if qemu {
         // every feature the accelerator offers; with KVM without those that forbid live migration
         match spec.accel {
-            Accel::Kvm => writeln!(
-                x,
-                "  <cpu mode='host-passthrough' check='none' migratable='on'/>"
-            )?,
+            Accel::Kvm => writeln!(x, "  <cpu mode='host-passthrough' check='none' migratable='on'/>")?,
             Accel::Tcg => writeln!(x, "  <cpu mode='maximum' check='none'/>")?,
         }
     }
@@ -309,25 +228,16 @@ fn render_devices(x: &mut String, spec: &DomainSpec) -> std::fmt::Result {
     let serial = u32::from(spec.guest_agent);
     let devices = 2 + tablet + serial + spec.disks.len() as u32 + spec.nics.len() as u32;
     if spec.machine.contains("q35") {
-        writeln!(
-            x,
-            "    <controller type='pci' index='0' model='pcie-root'/>"
-        )?;
+        writeln!(x, "    <controller type='pci' index='0' model='pcie-root'/>")?;
         for index in 1..=devices + spec.root_ports {
-            writeln!(
-                x,
-                "    <controller type='pci' index='{index}' model='pcie-root-port'/>"
-            )?;
+            writeln!(x, "    <controller type='pci' index='{index}' model='pcie-root-port'/>")?;
         }
     }
     for (index, disk) in spec.disks.iter().enumerate() {
         render_disk(x, disk, index == 0 && spec.boot == Boot::Disk)?;
     }
     for (index, nic) in spec.nics.iter().enumerate() {
-        let mac = nic
-            .mac
-            .clone()
-            .unwrap_or_else(|| derived_mac(spec.vm, index));
+        let mac = nic.mac.clone().unwrap_or_else(|| derived_mac(spec.vm, index));
         writeln!(x, "    <interface type='bridge'>")?;
         writeln!(x, "      <mac address='{}'/>", escape(&mac))?;
         writeln!(x, "      <source bridge='{}'/>", escape(&nic.bridge))?;
@@ -347,11 +257,7 @@ fn render_devices(x: &mut String, spec: &DomainSpec) -> std::fmt::Result {
         }
         Console::Socket { path, log } => {
             writeln!(x, "    <serial type='unix'>")?;
-            writeln!(
-                x,
-                "      <source mode='bind' path='{}'/>",
-                escape_path(path)
-            )?;
+            writeln!(x, "      <source mode='bind' path='{}'/>", escape_path(path))?;
             log_element(x, log.as_deref())?;
             writeln!(x, "      <target port='0'/>\n    </serial>")?;
         }
@@ -363,30 +269,17 @@ fn render_devices(x: &mut String, spec: &DomainSpec) -> std::fmt::Result {
     }
     if let Some(socket) = &spec.vnc_socket {
         writeln!(x, "    <graphics type='vnc'>")?;
-        writeln!(
-            x,
-            "      <listen type='socket' socket='{}'/>",
-            escape_path(socket)
-        )?;
+        writeln!(x, "      <listen type='socket' socket='{}'/>", escape_path(socket))?;
         writeln!(x, "    </graphics>")?;
         // an absolute pointer, so that the viewer's and the guest's do not drift apart
         writeln!(x, "    <input type='tablet' bus='virtio'/>")?;
-        writeln!(
-            x,
-            "    <video><model type='vga' vram='16384' heads='1' primary='yes'/></video>"
-        )?;
+        writeln!(x, "    <video><model type='vga' vram='16384' heads='1' primary='yes'/></video>")?;
         writeln!(x, "    <audio id='1' type='none'/>")?;
     } else {
         writeln!(x, "    <video><model type='none'/></video>")?;
     }
-    writeln!(
-        x,
-        "    <memballoon model='virtio' autodeflate='on'><stats period='5'/></memballoon>"
-    )?;
-    writeln!(
-        x,
-        "    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>"
-    )
+    writeln!(x, "    <memballoon model='virtio' autodeflate='on'><stats period='5'/></memballoon>")?;
+    writeln!(x, "    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
 }
 
 fn render_disk(x: &mut String, disk: &DiskSpec, boot: bool) -> std::fmt::Result {
@@ -397,22 +290,10 @@ fn render_disk(x: &mut String, disk: &DiskSpec, boot: bool) -> std::fmt::Result 
         "      <driver name='qemu' type='raw' cache='none' io='threads' discard='unmap' detect_zeroes='unmap' \
          error_policy='stop' rerror_policy='stop'/>"
     )?;
-    writeln!(
-        x,
-        "      <source protocol='nbd' name='{}'>",
-        escape(&disk.export_name)
-    )?;
-    writeln!(
-        x,
-        "        <host transport='unix' socket='{}'/>",
-        escape_path(&disk.export_socket)
-    )?;
+    writeln!(x, "      <source protocol='nbd' name='{}'>", escape(&disk.export_name))?;
+    writeln!(x, "        <host transport='unix' socket='{}'/>", escape_path(&disk.export_socket))?;
     writeln!(x, "      </source>")?;
-    writeln!(
-        x,
-        "      <target dev='{}' bus='virtio'/>",
-        escape(&disk.target)
-    )?;
+    writeln!(x, "      <target dev='{}' bus='virtio'/>", escape(&disk.target))?;
     if disk.read_only {
         writeln!(x, "      <readonly/>")?;
     }

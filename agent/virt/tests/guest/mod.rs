@@ -1,0 +1,170 @@
+//! Real guests for tests: the images `cargo xtask guest` builds, a disk server, a root that leaves nothing behind.
+
+#![allow(dead_code)]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Where the guest images are, or `None` when there are none and skipping is allowed.
+///
+/// # Panics
+/// When there are none and skipping is not allowed: a test that silently does nothing proves nothing.
+pub fn images() -> Option<PathBuf> {
+    let dir = std::env::var_os("MUSTER_GUEST_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/guest"), PathBuf::from);
+    let needed = ["vmlinuz", "initramfs", "cmdline", "tiny-initramfs", "tiny-cmdline", "tiny.raw", "debian.raw"];
+    let missing: Vec<_> = needed.iter().filter(|name| !dir.join(name).exists()).collect();
+    if missing.is_empty() {
+        return Some(dir.canonicalize().unwrap());
+    }
+    assert!(
+        std::env::var_os("MUSTER_ALLOW_SKIP").is_some_and(|v| v == "1"),
+        "no {missing:?} in {}: run `cargo xtask guest` (or set MUSTER_GUEST_DIR, or MUSTER_ALLOW_SKIP=1 to skip)",
+        dir.display()
+    );
+    println!("skipped: no guest images");
+    None
+}
+
+/// Polls until it holds.
+pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + limit;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < until, "waited {limit:?} for {what}");
+        let _ = crossbeam_channel::after(Duration::from_millis(20)).recv();
+    }
+}
+
+/// A hypervisor root; dropping it ends every QEMU that was started under it, also those of a killed process.
+pub struct Root {
+    dir: tempfile::TempDir,
+}
+
+impl Root {
+    pub fn new() -> Self {
+        // short: unix sockets lie below it
+        Self { dir: tempfile::Builder::new().prefix("mv").tempdir_in("/tmp").unwrap() }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub fn uri(&self) -> String {
+        format!("qemu:///embed?root={}", self.path().display())
+    }
+}
+
+impl Drop for Root {
+    fn drop(&mut self) {
+        let run = self.path().join("run");
+        for entry in fs::read_dir(run).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.extension().is_none_or(|e| e != "pid") || path.file_stem().is_some_and(|s| s == "driver") {
+                continue;
+            }
+            let Ok(pid) = fs::read_to_string(&path) else { continue };
+            let pid = pid.trim();
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            // only a process that names our root
+            if String::from_utf8_lossy(&command).contains(&*self.path().to_string_lossy()) {
+                let _ = Command::new("kill").args(["-9", pid]).status();
+            }
+        }
+    }
+}
+
+/// A disk served over NBD by `qemu-nbd`, dead with this value.
+pub struct DiskServer {
+    pub socket: PathBuf,
+    arguments: Vec<String>,
+    child: Option<Child>,
+}
+
+impl DiskServer {
+    pub const EXPORT: &'static str = "5e1f9a52-0000-4000-8000-000000000001.1";
+
+    /// `throw_away`: writes go to a temporary overlay.
+    pub fn start(image: &Path, socket: PathBuf, throw_away: bool) -> Self {
+        let mut arguments: Vec<String> =
+            ["-f", "raw", "-t", "-e", "8", "-x", Self::EXPORT, "-k"].map(Into::into).into();
+        arguments.push(socket.to_str().unwrap().into());
+        if throw_away {
+            arguments.push("-s".into());
+        }
+        arguments.push(image.to_str().unwrap().into());
+        let mut server = Self { socket, arguments, child: None };
+        server.restart();
+        server
+    }
+
+    pub fn restart(&mut self) {
+        self.kill();
+        let child = Command::new("qemu-nbd").args(&self.arguments).stdin(Stdio::null()).spawn();
+        self.child = Some(child.expect("start qemu-nbd (package qemu-utils)"));
+        wait_for("the disk server", Duration::from_secs(20), || UnixStream::connect(&self.socket).ok());
+    }
+
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            let _ = fs::remove_file(&self.socket);
+        }
+    }
+}
+
+impl Drop for DiskServer {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A guest's serial port on its unix socket.
+pub struct SerialPort {
+    stream: UnixStream,
+    seen: Vec<u8>,
+}
+
+impl SerialPort {
+    pub fn connect(path: &Path) -> Self {
+        let stream = wait_for("the console socket", Duration::from_secs(10), || UnixStream::connect(path).ok());
+        stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        Self { stream, seen: Vec::new() }
+    }
+
+    pub fn send(&mut self, line: &str) {
+        self.stream.write_all(line.as_bytes()).unwrap();
+        self.stream.write_all(b"\n").unwrap();
+    }
+
+    /// Reads until the text came, and forgets everything up to its end.
+    pub fn expect(&mut self, text: &str, limit: Duration) {
+        let until = Instant::now() + limit;
+        loop {
+            if let Some(at) = self.seen.windows(text.len()).position(|w| w == text.as_bytes()) {
+                self.seen.drain(..at + text.len());
+                return;
+            }
+            assert!(
+                Instant::now() < until,
+                "waited {limit:?} for {text:?} on the console, got {:?}",
+                String::from_utf8_lossy(&self.seen)
+            );
+            let mut buffer = [0; 4096];
+            match self.stream.read(&mut buffer) {
+                Ok(0) => panic!("the console closed"),
+                Ok(count) => self.seen.extend_from_slice(&buffer[..count]),
+                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(e) => panic!("read console: {e}"),
+            }
+        }
+    }
+}
