@@ -82,7 +82,9 @@ impl RepositoryError {
             | Self::UnknownBlob { .. }
             | Self::UnknownChunk { .. }
             | Self::UnknownReference { .. } => ErrorCode::NotFound,
-            Self::InvalidName { .. } | Self::TooLarge { .. } | Self::InvalidPayload { .. } => ErrorCode::InvalidArgument,
+            Self::InvalidName { .. } | Self::TooLarge { .. } | Self::InvalidPayload { .. } => {
+                ErrorCode::InvalidArgument
+            }
             Self::ReferenceExists { .. } => ErrorCode::AlreadyExists,
             Self::Cancelled => ErrorCode::Cancelled,
         }

@@ -87,7 +87,8 @@ impl Manifest {
         }
         let run_count = u64_at(bytes, header::RUN_COUNT);
         let chunk_count = u64_at(bytes, header::CHUNK_COUNT);
-        let need = (run_count as u128) * run::LEN as u128 + (chunk_count as u128) * DIGEST_LEN as u128 + header::LEN as u128;
+        let need =
+            (run_count as u128) * run::LEN as u128 + (chunk_count as u128) * DIGEST_LEN as u128 + header::LEN as u128;
         if need != bytes.len() as u128 {
             return Err(FormatError::Truncated {
                 what: WHAT,
@@ -235,5 +236,120 @@ impl ManifestBuilder {
 
     pub fn finish(self) -> Manifest {
         Manifest { size: self.size, runs: self.runs, digests: self.digests }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn digest(n: u8) -> Digest {
+        Digest::from_bytes([n; 32])
+    }
+
+    /// Three runs, the last chunk short.
+    fn example() -> Manifest {
+        let mut builder = ManifestBuilder::new(ByteLen(20 * CHUNK_SIZE as u64 + 512));
+        for (index, name) in [(0, 1), (1, 2), (5, 3), (19, 1), (20, 4)] {
+            builder.push(index, digest(name));
+        }
+        builder.finish()
+    }
+
+    #[test]
+    fn the_encoding_is_pinned_by_golden_bytes() {
+        let golden = include_bytes!("../tests/golden/manifest-v1.bin");
+        assert_eq!(example().encode(), golden);
+        assert_eq!(Manifest::parse(golden).unwrap(), example());
+        assert_eq!(
+            example().digest().to_string(),
+            include_str!("../tests/golden/manifest-v1.digest").trim(),
+            "the name of an image is a promise to every repository out there"
+        );
+    }
+
+    #[test]
+    fn chunks_are_found_by_offset_and_holes_are_not() {
+        let manifest = example();
+        let all: Vec<_> = manifest.chunks().collect();
+        assert_eq!(all.len(), 5);
+        assert_eq!(all[4].len, 512);
+        for index in 0..21u64 {
+            let expected = all.iter().find(|c| c.offset == index * CHUNK_SIZE as u64).copied();
+            assert_eq!(manifest.chunk_at(index * CHUNK_SIZE as u64 + 7), expected, "chunk {index}");
+        }
+        assert_eq!(manifest.chunk_at(u64::MAX), None);
+        assert_eq!(manifest.data_bytes().0, 4 * CHUNK_SIZE as u64 + 512);
+        assert_eq!(manifest.span_at(0), (true, 2 * CHUNK_SIZE as u64));
+        assert_eq!(manifest.span_at(2 * CHUNK_SIZE as u64), (false, 5 * CHUNK_SIZE as u64));
+        assert_eq!(manifest.span_at(19 * CHUNK_SIZE as u64), (true, manifest.size().0));
+    }
+
+    #[test]
+    fn features_versions_and_sizes_that_are_not_known_are_refused_clearly() {
+        let good = example().encode();
+        let change = |at: usize, value: u64| {
+            let mut bytes = good.clone();
+            bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            Manifest::parse(&bytes)
+        };
+        assert_eq!(change(16, 4), Err(FormatError::Features { what: WHAT, bits: 4 }));
+        assert!(change(24, 4).is_ok(), "compatible bits are ignored");
+        assert!(matches!(change(8, 2 | 65536 << 32), Err(FormatError::Version { version: 2, .. })));
+        assert!(matches!(change(8, 1 | 4096 << 32), Err(FormatError::Invalid { .. })));
+        for (at, value) in [
+            (32, 0),
+            (32, u64::MAX),
+            (32, 1),
+            (40, 4),
+            (48, 6),
+            (48, u64::MAX),
+            (40, u64::MAX),
+            (56, 1),
+            (64, 4),
+            (72, 0),
+            (72, 6),
+        ] {
+            assert!(change(at, value).is_err(), "{value:#x} at {at}");
+        }
+        for len in 0..good.len() {
+            assert!(Manifest::parse(&good[..len]).is_err(), "cut to {len}");
+        }
+        assert_eq!(
+            Manifest::parse_named(&good, &digest(9)),
+            Err(FormatError::Checksum { what: WHAT }),
+            "bytes must hash to the name they were asked by"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_set_of_chunks_survives_its_encoding(
+            size in 1u64..500 * CHUNK_SIZE as u64,
+            wanted in proptest::collection::btree_map(0u64..500, any::<u8>(), 0..200),
+        ) {
+            let mut builder = ManifestBuilder::new(ByteLen(size));
+            let inside: Vec<_> = wanted.into_iter().filter(|(i, _)| i * (CHUNK_SIZE as u64) < size).collect();
+            for (index, name) in &inside {
+                builder.push(*index, digest(*name));
+            }
+            let manifest = builder.finish();
+            let bytes = manifest.encode();
+            prop_assert_eq!(&Manifest::parse(&bytes).unwrap(), &manifest);
+            let back: Vec<_> = manifest.chunks().map(|c| (c.offset / CHUNK_SIZE as u64, c.digest.as_bytes()[0])).collect();
+            prop_assert_eq!(back, inside);
+        }
+
+        #[test]
+        fn damaged_bytes_never_panic(at in 0usize..400, value in any::<u8>(), cut in 0usize..400) {
+            let mut bytes = example().encode();
+            let at = at % bytes.len();
+            bytes[at] = value;
+            crate::fuzz::manifest(&bytes);
+            bytes.truncate(cut);
+            crate::fuzz::manifest(&bytes);
+        }
     }
 }

@@ -208,3 +208,85 @@ fn parse_index(head: &[u8], index: &[u8], end: &[u8], index_offset: u64) -> Resu
     }
     Ok(entries)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::storage::MemoryStorage;
+
+    fn example() -> SealedPack {
+        let mut builder = PackBuilder::new();
+        for chunk in [&b"first chunk"[..], b"second"] {
+            builder.push(crate::digest_of(chunk), chunk);
+        }
+        builder.seal()
+    }
+
+    #[test]
+    fn the_encoding_is_pinned_by_golden_bytes() {
+        let golden = include_bytes!("../tests/golden/pack-v1.bin");
+        let sealed = example();
+        assert_eq!(sealed.bytes, golden);
+        assert_eq!(parse(golden).unwrap(), sealed.entries);
+        let storage = MemoryStorage::new();
+        storage.put("packs/golden", golden).unwrap();
+        match read_index(&storage, "packs/golden").unwrap() {
+            PackIndex::Good { entries, length } => assert_eq!((entries, length), (sealed.entries, golden.len() as u64)),
+            PackIndex::Bad(e) => panic!("{e}"),
+        }
+    }
+
+    #[test]
+    fn a_full_pack_stays_within_the_limit() {
+        let mut builder = PackBuilder::new();
+        let mut n = 0u64;
+        while !builder.is_full() {
+            builder.push(Digest::from_bytes([0; 32]), &vec![7; CHUNK_SIZE]);
+            n += 1;
+        }
+        let sealed = builder.seal();
+        assert_eq!(n, 511);
+        assert!((sealed.bytes.len() as u64) < MAX_PACK);
+        assert_eq!(parse(&sealed.bytes).unwrap().len(), 511);
+        assert!(builder.is_empty());
+    }
+
+    #[test]
+    fn every_changed_bit_outside_of_the_chunks_and_every_cut_is_noticed() {
+        let good = example().bytes;
+        for at in (0..header::LEN).chain(header::LEN + 17..good.len()) {
+            for bit in 0..8 {
+                let mut bytes = good.clone();
+                bytes[at] ^= 1 << bit;
+                assert!(parse(&bytes).is_err(), "bit {bit} of byte {at}");
+            }
+        }
+        for len in 0..good.len() {
+            assert!(parse(&good[..len]).is_err(), "cut to {len}");
+        }
+    }
+
+    #[test]
+    fn a_pack_of_a_newer_version_says_so() {
+        let mut bytes = example().bytes;
+        bytes[16] = 1;
+        assert_eq!(parse(&bytes), Err(FormatError::Features { what: WHAT, bits: 1 }));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300), graft in any::<bool>()) {
+            let mut bytes = bytes;
+            if graft {
+                bytes.splice(0..0, example().bytes[..header::LEN].to_vec());
+                bytes.extend_from_slice(END_MAGIC);
+                bytes.resize(bytes.len() + 56, 1);
+            }
+            crate::fuzz::pack(&bytes);
+            crate::fuzz::reference(&bytes);
+            crate::fuzz::manifest(&bytes);
+        }
+    }
+}

@@ -172,7 +172,12 @@ impl Repository {
     }
 
     /// Copies chunks into the builder, storing packs as they fill. False when one of them cannot be read.
-    fn copy_chunks(&self, needed: &[Entry], builder: &mut PackBuilder, written: &mut u64) -> Result<bool, RepositoryError> {
+    fn copy_chunks(
+        &self,
+        needed: &[Entry],
+        builder: &mut PackBuilder,
+        written: &mut u64,
+    ) -> Result<bool, RepositoryError> {
         for entry in needed {
             let Ok(bytes) = self.read_chunk(&entry.digest) else {
                 return Ok(false);

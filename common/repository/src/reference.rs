@@ -104,3 +104,43 @@ pub(crate) fn check_name(name: &str) -> Result<(), RepositoryError> {
         && name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'));
     if good { Ok(()) } else { Err(RepositoryError::InvalidName { name: name.to_string() }) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example() -> Reference {
+        Reference {
+            kept: vec![Kept::Manifest(Digest::from_bytes([1; 32])), Kept::Blob(Digest::from_bytes([2; 32]))],
+            payload: b"what the caller says".to_vec(),
+        }
+    }
+
+    #[test]
+    fn the_encoding_is_pinned_by_golden_bytes() {
+        let golden = include_bytes!("../tests/golden/reference-v1.bin");
+        assert_eq!(example().encode(), golden);
+        assert_eq!(Reference::parse(golden).unwrap(), example());
+    }
+
+    #[test]
+    fn every_changed_bit_and_every_cut_is_noticed() {
+        let good = example().encode();
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bytes = good.clone();
+                bytes[at] ^= 1 << bit;
+                assert!(Reference::parse(&bytes).is_err(), "bit {bit} of byte {at}");
+            }
+            assert!(Reference::parse(&good[..at]).is_err(), "cut to {at}");
+        }
+    }
+
+    #[test]
+    fn names_that_are_not_plain_are_refused() {
+        for name in ["", ".x", "a/b", "A", "ä", &"x".repeat(201)] {
+            assert!(check_name(name).is_err(), "{name:?}");
+        }
+        assert!(check_name("backup-0.1_2").is_ok());
+    }
+}

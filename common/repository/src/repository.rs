@@ -154,7 +154,10 @@ impl Index {
     pub fn copies(&self, digest: &Digest) -> Vec<(Location, Arc<str>)> {
         let first = self.chunks.get(digest).into_iter();
         let others = self.duplicates.get(digest).into_iter().flatten();
-        first.chain(others).filter_map(|at| Some((*at, self.packs.get(at.pack as usize)?.as_ref()?.key.clone()))).collect()
+        first
+            .chain(others)
+            .filter_map(|at| Some((*at, self.packs.get(at.pack as usize)?.as_ref()?.key.clone())))
+            .collect()
     }
 
     /// Keeps only this copy of the chunk.
@@ -539,4 +542,22 @@ fn check_format(bytes: &[u8]) -> Result<(), FormatError> {
         return Err(FormatError::Invalid { what: WHAT, reason: "the chunk size is not 65536" });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_header_is_pinned_by_golden_bytes() {
+        let golden = include_bytes!("../tests/golden/format-v1.bin");
+        assert_eq!(encode_format(), golden);
+        check_format(golden).unwrap();
+        for at in 0..golden.len() {
+            let mut bytes = golden.to_vec();
+            bytes[at] ^= 1;
+            assert!(check_format(&bytes).is_err(), "byte {at}");
+            assert!(check_format(&golden[..at]).is_err(), "cut to {at}");
+        }
+    }
 }

@@ -37,7 +37,9 @@ pub enum SourceError {
     #[error("not a qcow2 image (wrong magic)")]
     NotQcow2,
     /// The image names other files of the host: reading them would disclose them.
-    #[error("qcow2: the image has {what}; refused, because it names another file of this host (flatten it first: qemu-img convert)")]
+    #[error(
+        "qcow2: the image has {what}; refused, because it names another file of this host (flatten it first: qemu-img convert)"
+    )]
     ExternalReference { what: &'static str },
     #[error("qcow2: {what} is not supported")]
     Unsupported { what: String },
@@ -58,7 +60,9 @@ impl SourceError {
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => ErrorCode::NotFound,
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => ErrorCode::PermissionDenied,
+            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
+                ErrorCode::PermissionDenied
+            }
             Self::Io { .. } | Self::Read { .. } => ErrorCode::Io,
             Self::NotAFile | Self::OutOfRange { .. } => ErrorCode::InvalidArgument,
             Self::Foreign { .. } | Self::Packed { .. } | Self::NotQcow2 => ErrorCode::UnsupportedFormat,

@@ -7,12 +7,7 @@ use std::{
 use muster_common::{ByteLen, Digest};
 use parking_lot::Mutex;
 
-use crate::{
-    error::RepositoryError,
-    ingest::Progress,
-    manifest::ChunkRef,
-    repository::Repository,
-};
+use crate::{error::RepositoryError, ingest::Progress, manifest::ChunkRef, repository::Repository};
 
 /// What is wrong with a chunk.
 #[derive(Clone, Debug, PartialEq, Eq)]

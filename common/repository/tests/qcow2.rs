@@ -1,4 +1,5 @@
 //! The qcow2 reader against `qemu-img convert`, and what it must refuse. Needs qemu-img and qemu-io (Debian: qemu-utils).
+#![allow(clippy::unwrap_used, reason = "a test's helpers may panic")]
 
 use std::{
     fs::File,
@@ -223,8 +224,16 @@ fn features_that_are_not_supported_are_refused_by_name() {
     run(
         "qemu-img",
         &[
-            "create", "-q", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o",
-            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", text(&path), "1M",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "--object",
+            "secret,id=s,data=x",
+            "-o",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+            text(&path),
+            "1M",
         ],
     );
     assert!(refused(&path).to_string().contains("encryption"));

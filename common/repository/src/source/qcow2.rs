@@ -202,15 +202,8 @@ impl Qcow2Image {
             l1.push(offset);
         }
 
-        let image = Self {
-            container,
-            size,
-            cluster_bits,
-            version,
-            l1,
-            l2: Mutex::default(),
-            inflated: Mutex::default(),
-        };
+        let image =
+            Self { container, size, cluster_bits, version, l1, l2: Mutex::default(), inflated: Mutex::default() };
         image.check_entries(&occupied)?;
         Ok(image)
     }
@@ -228,7 +221,8 @@ impl Qcow2Image {
                     continue;
                 }
                 let guest = (index as u64 * per_table + i as u64) << self.cluster_bits;
-                let wrong = |what: &str| corrupt(format!("the L2 entry of guest offset {guest:#x} ({entry:#x}) {what}"));
+                let wrong =
+                    |what: &str| corrupt(format!("the L2 entry of guest offset {guest:#x} ({entry:#x}) {what}"));
                 let (host, len) = match self.decode(entry).map_err(wrong)? {
                     Cluster::Hole => {
                         // a preallocated zero cluster has a place all the same

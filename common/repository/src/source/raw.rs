@@ -37,9 +37,8 @@ impl RawImage {
 
     /// As a container of another format: any length but zero.
     pub(crate) fn unchecked(file: File, name: &str) -> Result<Self, SourceError> {
-        let metadata = file
-            .metadata()
-            .map_err(|source| SourceError::Io { action: "stat", what: name.to_string(), source })?;
+        let metadata =
+            file.metadata().map_err(|source| SourceError::Io { action: "stat", what: name.to_string(), source })?;
         if !metadata.is_file() {
             return Err(SourceError::NotAFile);
         }

@@ -332,3 +332,260 @@ impl<F: Files> Objects<F> {
         self.files.sync_directory(parent).map_err(|source| failed("sync directory", parent, source))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn directory_storage_conforms() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let count = AtomicU64::new(0);
+        crate::storage::conformance::run(|| {
+            let root = dir.path().join(count.fetch_add(1, Ordering::Relaxed).to_string());
+            Arc::new(DirectoryStorage::open(&root).unwrap())
+        });
+    }
+
+    #[test]
+    fn a_second_storage_on_one_directory_is_refused_until_the_first_is_closed() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let first = DirectoryStorage::open(dir.path()).unwrap();
+        assert!(matches!(DirectoryStorage::open(dir.path()), Err(StorageError::InUse { .. })));
+        first.put("a", b"1").unwrap();
+        drop(first);
+        assert_eq!(DirectoryStorage::open(dir.path()).unwrap().get("a").unwrap(), b"1");
+    }
+
+    #[test]
+    fn what_a_crash_left_in_tmp_is_removed_at_open() {
+        let dir = tempfile::TempDir::new().unwrap();
+        drop(DirectoryStorage::open(dir.path()).unwrap());
+        std::fs::write(dir.path().join("tmp/17"), b"half a pack").unwrap();
+        let storage = DirectoryStorage::open(dir.path()).unwrap();
+        assert!(!dir.path().join("tmp/17").exists());
+        assert_eq!(storage.list("").unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn more_objects_than_are_kept_open_can_be_read() {
+        let dir = tempfile::TempDir::new().unwrap();
+        let storage = DirectoryStorage::open(dir.path()).unwrap();
+        for i in 0..3 * KEPT_OPEN {
+            storage.put(&format!("packs/{i}"), &[i as u8; 100]).unwrap();
+        }
+        for i in (0..3 * KEPT_OPEN).chain(0..3 * KEPT_OPEN) {
+            assert_eq!(storage.get_range(&format!("packs/{i}"), 99, 1).unwrap(), [i as u8]);
+        }
+        assert!(storage.objects.open.lock().len() <= KEPT_OPEN);
+    }
+
+    /// A disk that forgets: file contents live until the crash unless synced, names unless their directory was synced.
+    #[derive(Default, Clone)]
+    struct Node {
+        now: Vec<u8>,
+        synced: Option<Vec<u8>>,
+    }
+
+    #[derive(Default, Clone)]
+    struct Disk {
+        nodes: Vec<Node>,
+        /// Path to node; directories have none.
+        names: BTreeMap<PathBuf, Option<usize>>,
+        durable_names: BTreeMap<PathBuf, Option<usize>>,
+        steps: u64,
+        crash_at: u64,
+    }
+
+    #[derive(Clone, Default)]
+    struct SimFiles(Arc<Mutex<Disk>>);
+
+    impl SimFiles {
+        fn step(&self) -> io::Result<parking_lot::MutexGuard<'_, Disk>> {
+            let mut disk = self.0.lock();
+            disk.steps += 1;
+            if disk.steps > disk.crash_at {
+                return Err(io::Error::other("power lost"));
+            }
+            Ok(disk)
+        }
+
+        /// What is there after power comes back. A name that was not synced may or may not have reached the disk (`luck`
+        /// decides for each); bytes that were not synced are lost or garbage.
+        fn after_crash(&self, luck: u64) -> SimFiles {
+            let mut disk = self.0.lock().clone();
+            let mut names = disk.durable_names.clone();
+            let changed: std::collections::BTreeSet<PathBuf> =
+                disk.names.keys().chain(disk.durable_names.keys()).cloned().collect();
+            for (i, path) in changed.iter().enumerate() {
+                if luck >> (i % 64) & 1 == 1 {
+                    match disk.names.get(path) {
+                        Some(node) => names.insert(path.clone(), *node),
+                        None => names.remove(path),
+                    };
+                }
+            }
+            // a name whose directory did not reach the disk is not there
+            let all = names.clone();
+            names.retain(|path, _| {
+                path.ancestors().skip(1).all(|up| up == Path::new("/r") || up == Path::new("/") || all.contains_key(up))
+            });
+            for (i, node) in disk.nodes.iter_mut().enumerate() {
+                let lost = match luck >> (i % 63) & 3 {
+                    0 => Vec::new(),
+                    1 => vec![0xee; node.now.len()],
+                    _ => node.now[..node.now.len() / 2].to_vec(),
+                };
+                node.now = node.synced.clone().unwrap_or(lost);
+                node.synced = Some(node.now.clone());
+            }
+            disk.durable_names = names.clone();
+            disk.names = names;
+            disk.steps = 0;
+            disk.crash_at = u64::MAX;
+            SimFiles(Arc::new(Mutex::new(disk)))
+        }
+    }
+
+    fn absent() -> io::Error {
+        io::ErrorKind::NotFound.into()
+    }
+
+    impl Files for SimFiles {
+        type File = usize;
+        fn create(&self, path: &Path) -> io::Result<usize> {
+            let mut disk = self.step()?;
+            if disk.names.contains_key(path) {
+                return Err(io::ErrorKind::AlreadyExists.into());
+            }
+            disk.nodes.push(Node::default());
+            let node = disk.nodes.len() - 1;
+            disk.names.insert(path.to_path_buf(), Some(node));
+            Ok(node)
+        }
+        fn write(&self, file: &usize, bytes: &[u8]) -> io::Result<()> {
+            self.step()?.nodes[*file].now.extend_from_slice(bytes);
+            Ok(())
+        }
+        fn sync(&self, file: &usize) -> io::Result<()> {
+            let mut disk = self.step()?;
+            let node = &mut disk.nodes[*file];
+            node.synced = Some(node.now.clone());
+            Ok(())
+        }
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            let mut disk = self.step()?;
+            let node = disk.names.remove(from).ok_or_else(absent)?;
+            disk.names.insert(to.to_path_buf(), node);
+            Ok(())
+        }
+        fn sync_directory(&self, path: &Path) -> io::Result<()> {
+            let mut disk = self.step()?;
+            let inside = |p: &Path| p.parent() == Some(path);
+            disk.durable_names.retain(|p, _| !inside(p));
+            let now: Vec<_> = disk.names.iter().filter(|(p, _)| inside(p)).map(|(p, n)| (p.clone(), *n)).collect();
+            disk.durable_names.extend(now);
+            Ok(())
+        }
+        fn make_directory(&self, path: &Path) -> io::Result<()> {
+            let mut disk = self.step()?;
+            match disk.names.entry(path.to_path_buf()) {
+                std::collections::btree_map::Entry::Occupied(_) => Err(io::ErrorKind::AlreadyExists.into()),
+                std::collections::btree_map::Entry::Vacant(v) => {
+                    v.insert(None);
+                    Ok(())
+                }
+            }
+        }
+        fn remove(&self, path: &Path) -> io::Result<()> {
+            self.step()?.names.remove(path).map(|_| ()).ok_or_else(absent)
+        }
+        fn open(&self, path: &Path) -> io::Result<usize> {
+            self.0.lock().names.get(path).copied().flatten().ok_or_else(absent)
+        }
+        fn length(&self, file: &usize) -> io::Result<u64> {
+            Ok(self.0.lock().nodes[*file].now.len() as u64)
+        }
+        fn read_at(&self, file: &usize, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+            let disk = self.0.lock();
+            let from = &disk.nodes[*file].now[offset as usize..];
+            buf.copy_from_slice(&from[..buf.len()]);
+            Ok(())
+        }
+        fn names(&self, path: &Path) -> io::Result<Vec<(String, bool)>> {
+            let disk = self.0.lock();
+            if path != Path::new("/r") && !disk.names.contains_key(path) {
+                return Err(absent());
+            }
+            let inside = disk.names.iter().filter(|(p, _)| p.parent() == Some(path));
+            Ok(inside.map(|(p, n)| (p.file_name().unwrap().to_string_lossy().into_owned(), n.is_none())).collect())
+        }
+    }
+
+    #[derive(Debug, Clone)]
+    enum Act {
+        Put(usize, u8, usize),
+        Delete(usize),
+    }
+
+    const KEYS: [&str; 4] = ["format", "packs/a", "packs/b", "refs/x"];
+
+    fn acts() -> impl Strategy<Value = Vec<Act>> {
+        let act = prop_oneof![
+            3 => (0..KEYS.len(), any::<u8>(), 0..5000usize).prop_map(|(k, b, n)| Act::Put(k, b, n)),
+            1 => (0..KEYS.len()).prop_map(Act::Delete),
+        ];
+        proptest::collection::vec(act, 1..12)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2000))]
+        #[test]
+        fn after_power_loss_at_any_step_each_object_is_whole_and_acknowledged_changes_are_there(
+            acts in acts(), crash_at in 0..60u64, luck in any::<u64>(),
+        ) {
+            let files = SimFiles::default();
+            files.0.lock().crash_at = crash_at;
+            let root = Path::new("/r");
+            // for each key, what a reader may find: the acknowledged state, and the one in flight at the crash
+            let mut allowed: Vec<Vec<Option<Vec<u8>>>> = vec![vec![None]; KEYS.len()];
+            if let Ok(storage) = Objects::open(files.clone(), root) {
+                for act in &acts {
+                    let (key, after, done) = match act {
+                        Act::Put(k, b, n) => {
+                            let bytes = vec![*b; *n];
+                            let done = storage.put(KEYS[*k], &bytes);
+                            (*k, Some(bytes), done)
+                        }
+                        Act::Delete(k) => (*k, None, storage.delete(KEYS[*k])),
+                    };
+                    if done.is_ok() {
+                        allowed[key] = vec![after];
+                    } else {
+                        allowed[key].push(after);
+                        break;
+                    }
+                }
+            }
+            let storage = Objects::open(files.after_crash(luck), root).unwrap();
+            for (key, allowed) in KEYS.iter().zip(&allowed) {
+                let found = match storage.get(key) {
+                    Ok(bytes) => Some(bytes),
+                    Err(e) if e.is_not_found() => None,
+                    Err(e) => panic!("{e}"),
+                };
+                prop_assert!(
+                    allowed.contains(&found),
+                    "{key}: {:?} not among {:?}",
+                    found.map(|f| f.len()),
+                    allowed.iter().map(|a| a.as_ref().map(Vec::len)).collect::<Vec<_>>()
+                );
+                prop_assert_eq!(storage.list(key).unwrap().len(), usize::from(storage.get(key).is_ok()));
+            }
+        }
+    }
+}

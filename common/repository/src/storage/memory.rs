@@ -54,10 +54,7 @@ impl Storage for MemoryStorage {
     fn len(&self, key: &str) -> Result<u64, StorageError> {
         check_key(key)?;
         let objects = self.objects.read();
-        objects
-            .get(key)
-            .map(|o| o.len() as u64)
-            .ok_or_else(|| StorageError::NotFound { key: key.to_string() })
+        objects.get(key).map(|o| o.len() as u64).ok_or_else(|| StorageError::NotFound { key: key.to_string() })
     }
 
     fn list(&self, prefix: &str) -> Result<Vec<String>, StorageError> {
