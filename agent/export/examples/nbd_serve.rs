@@ -14,8 +14,9 @@ use std::time::Duration;
 
 use muster_block::BlockDevice;
 use muster_block::model::MemoryDevice;
-use muster_common::ByteLen;
+use muster_common::{ByteLen, VolumeId};
 use muster_export::{Listen, NbdConfig, NbdServer, Operation, Registry};
+use muster_store::{Store, StoreConfig, VolumeSpec};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut socket = None;
@@ -37,9 +38,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
+    let store;
     let device: Arc<dyn BlockDevice> = match device.as_str() {
         "memory" => Arc::new(MemoryDevice::new(size)),
-        other => return Err(format!("no device {other}: memory").into()),
+        "store" => {
+            store = Store::open(StoreConfig::new(ByteLen(size.bytes() * 2)))?;
+            store.create_volume(VolumeSpec::blank(VolumeId::random(), size))?
+        }
+        other => return Err(format!("no device {other}: memory or store").into()),
     };
     let registry = Arc::new(Registry::new());
     let export = registry.add(name.clone(), device)?;

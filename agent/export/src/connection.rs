@@ -87,7 +87,8 @@ fn negotiate(
                 return Ok(Err(why));
             }
             Event::NeedMore => {
-                if input.fill(transport, Wait::Until(until))? == Some(0) {
+                let received = input.fill(transport, Wait::Until(until))?;
+                if received == Some(0) {
                     return Ok(Err("closed by the client"));
                 }
             }

@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SocketFlags, acceptfrom_with, sockopt};
 
@@ -130,6 +130,8 @@ struct Shared {
     catalog: Arc<dyn ExportCatalog>,
     stopping: AtomicBool,
     connections: Mutex<BTreeMap<u64, Connection>>,
+    /// A connection has ended.
+    ended: Condvar,
     next: AtomicU64,
     limit: usize,
     handshake_time: Duration,
@@ -138,8 +140,15 @@ struct Shared {
 }
 
 struct Connection {
-    socket: Socket,
-    thread: Option<JoinHandle<()>>,
+    /// `None` when the connection has ended and its thread only waits to be joined.
+    socket: Option<Socket>,
+    thread: JoinHandle<()>,
+}
+
+impl Shared {
+    fn live(connections: &BTreeMap<u64, Connection>) -> usize {
+        connections.values().filter(|one| one.socket.is_some()).count()
+    }
 }
 
 impl NbdServer {
@@ -169,6 +178,7 @@ impl NbdServer {
             catalog,
             stopping: AtomicBool::new(false),
             connections: Mutex::default(),
+            ended: Condvar::new(),
             next: AtomicU64::new(0),
             limit: config.connections,
             handshake_time: config.handshake_time,
@@ -197,7 +207,7 @@ impl NbdServer {
 
     /// Connections now, those still in their handshake included.
     pub fn connections(&self) -> usize {
-        self.shared.connections.lock().len()
+        Shared::live(&self.shared.connections.lock())
     }
 
     /// Stops listening, ends every connection (received requests are finished; after the configured grace sockets are
@@ -218,28 +228,24 @@ impl NbdServer {
                 let _ = std::fs::remove_file(path);
             }
         }
-        for connection in self.shared.connections.lock().values() {
-            connection.socket.drain();
+        let mut connections = self.shared.connections.lock();
+        for how in [Socket::drain, Socket::cut] {
+            connections.values().filter_map(|one| one.socket.as_ref()).for_each(how);
+            let deadline = Instant::now() + self.grace;
+            while Shared::live(&connections) > 0 {
+                if self.shared.ended.wait_until(&mut connections, deadline).timed_out() {
+                    break;
+                }
+            }
         }
-        // No condition to wait for is worth its upkeep here: this runs once, at the end of the process.
-        let deadline = Instant::now() + self.grace;
-        while Instant::now() < deadline && self.unfinished() > 0 {
-            std::thread::park_timeout(Duration::from_millis(5));
-        }
-        loop {
-            let Some((_, connection)) = self.shared.connections.lock().pop_first() else { break };
-            connection.socket.cut();
-            if let Some(thread) = connection.thread
-                && thread.join().is_err()
-            {
+        let left = std::mem::take(&mut *connections);
+        drop(connections);
+        for connection in left.into_values() {
+            // One that is still inside a device call is waited for: leaving it behind would leave the device in use.
+            if connection.thread.join().is_err() {
                 tracing::error!("a connection thread panicked");
             }
         }
-    }
-
-    fn unfinished(&self) -> usize {
-        let connections = self.shared.connections.lock();
-        connections.values().filter(|one| one.thread.as_ref().is_some_and(|thread| !thread.is_finished())).count()
     }
 }
 
@@ -285,7 +291,7 @@ fn accept_loop(shared: &Arc<Shared>, listeners: &[OwnedFd], wake: &OwnedFd) {
         for listener in listeners {
             match acceptfrom_with(listener, SocketFlags::CLOEXEC) {
                 Ok((fd, address)) => {
-                    let full = shared.connections.lock().len() >= shared.limit;
+                    let full = Shared::live(&shared.connections.lock()) >= shared.limit;
                     if full {
                         refused += 1;
                         if refused.is_power_of_two() {
@@ -325,14 +331,10 @@ fn local_peer(fd: &OwnedFd) -> Peer {
 /// Joins threads that are done.
 fn reap(shared: &Shared) {
     let mut connections = shared.connections.lock();
-    let done: Vec<u64> = connections
-        .iter()
-        .filter(|(_, one)| one.thread.as_ref().is_some_and(JoinHandle::is_finished))
-        .map(|(id, _)| *id)
-        .collect();
+    let done: Vec<u64> = connections.iter().filter(|(_, one)| one.socket.is_none()).map(|(id, _)| *id).collect();
     for id in done {
-        if let Some(thread) = connections.remove(&id).and_then(|one| one.thread) {
-            let _ = thread.join();
+        if let Some(connection) = connections.remove(&id) {
+            let _ = connection.thread.join();
         }
     }
 }
@@ -347,13 +349,21 @@ fn start_connection(shared: &Arc<Shared>, fd: OwnedFd, peer: Peer) {
     }
     let socket = Socket::new(fd);
     let id = shared.next.fetch_add(1, Ordering::Relaxed);
+    // Locked over the start: the thread finds its entry when it ends.
+    let mut connections = shared.connections.lock();
     let spawned = std::thread::Builder::new().name(format!("nbd-{id}")).spawn({
         let (shared, socket) = (Arc::clone(shared), socket.clone());
-        move || connection_thread(&shared, &socket, &peer)
+        move || {
+            connection_thread(&shared, &socket, &peer);
+            if let Some(connection) = shared.connections.lock().get_mut(&id) {
+                connection.socket = None;
+            }
+            shared.ended.notify_all();
+        }
     });
     match spawned {
         Ok(thread) => {
-            shared.connections.lock().insert(id, Connection { socket, thread: Some(thread) });
+            connections.insert(id, Connection { socket: Some(socket), thread });
         }
         Err(error) => tracing::error!(err = %error, "start a connection thread; client turned away"),
     }
@@ -374,6 +384,6 @@ fn connection_thread(shared: &Shared, socket: &Socket, peer: &Peer) {
         Ok(Err(error)) => tracing::debug!(%peer, err = %error, "connection lost"),
         Err(panic) => tracing::error!(%peer, reason = panic_text(&*panic), "connection thread panicked"),
     }
-    // The entry in the table holds the descriptor until it is reaped: the client must not wait for that.
+    // Whoever else holds the descriptor, the client sees the end now.
     socket.cut();
 }

@@ -1,6 +1,8 @@
 //! What only a client that talks bytes can ask for: fragments, holes, flags, errors, misbehaviour, and the life of an
 //! export while clients are connected.
 
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
+
 mod common;
 
 use std::io::{Cursor, Read, Write};

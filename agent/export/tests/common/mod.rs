@@ -1,5 +1,6 @@
 //! A server on a temporary socket, real clients, and a client that can misbehave.
 #![allow(dead_code, reason = "each test program uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
