@@ -37,6 +37,7 @@ pub struct StoreStats {
     pub no_space: u64,
     pub images: usize,
     pub volumes: usize,
+    /// Snapshots somebody holds, and images being brought in.
     pub snapshots: usize,
     /// The pages the arena really got.
     pub pages: PageKind,
@@ -49,6 +50,7 @@ pub struct VolumeStats {
     pub generation: u64,
     pub base: Option<Digest>,
     pub size: ByteLen,
+    pub read_only: bool,
     /// Blocks mapped to a frame, shared ones included.
     pub mapped_bytes: ByteLen,
     /// Blocks that differ in place from what the volume was made from: what a reset gives up, before dedup.
@@ -89,10 +91,12 @@ pub struct AuditReport {
     pub frames: u64,
     /// References to frames, from all map leaves.
     pub frame_references: u64,
+    /// Map nodes referenced by at least one root or node.
     pub nodes: u64,
+    /// Maps counted: images, volumes, snapshots, and images being brought in.
+    pub maps: usize,
     pub images: usize,
     pub volumes: usize,
-    pub snapshots: usize,
     /// Everything that is not as the recount says (the first 1000). Empty in a sound store.
     pub faults: Vec<String>,
 }

@@ -1,70 +1,421 @@
 //! The store: what the rest of the agent holds.
 
-use std::sync::Arc;
-
-use muster_common::{ByteLen, Digest, VolumeId};
-
-use crate::{
-    AuditReport, Image, ImageBuilder, ImageInfo, Snapshot, StoreConfig, StoreError, StoreStats, VerifyReport, Volume,
-    VolumeSpec,
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    sync::Arc,
 };
 
-/// The images and volumes of one host, in memory. Cheap to clone: a handle.
-#[derive(Clone)]
-pub struct Store {}
+use muster_common::{ByteLen, Digest, VolumeId};
+use parking_lot::{Mutex, RwLock};
 
-#[allow(clippy::unimplemented, unused_variables, missing_docs)]
+use crate::{
+    AuditReport, Image, ImageBuilder, ImageInfo, PageKind, Pages, Snapshot, StoreConfig, StoreError, StoreStats,
+    VerifyReport, Volume, VolumeSpec,
+    arena::BLOCK,
+    disk::Disk,
+    frames::{BESIDE_FRAME, Engine, Frames, STICKY},
+    index,
+    map::{Map, NODE_COST, Nodes, Recount, Refused},
+    pool::Budget,
+    sync::World,
+    volume::Origin,
+};
+
+/// Below this a store could not hold its own tables and a handful of blocks.
+const LEAST_BUDGET: ByteLen = ByteLen::mib(1);
+/// Frame numbers are 32 bits.
+const MOST_BUDGET: ByteLen = ByteLen::gib(16 << 10);
+/// A smaller store would notice that transparent huge pages are taken 2 MiB at a time.
+const LEAST_FOR_HUGE: ByteLen = ByteLen::mib(256);
+/// What is taken at opening: the empty index, pools, locks.
+const FIXED: u64 = index::FIXED + 16_384;
+/// What a new unique block takes beside its frame, at most: counts and tag, index, its share of a map.
+const BESIDE_BLOCK: u64 = BESIDE_FRAME + 14 + 5;
+
+/// The images and volumes of one host, in memory. Cheap to clone: a handle. When the last handle goes, the store is
+/// closed; volumes and images somebody still holds go on until they are let go.
+#[derive(Clone)]
+pub struct Store {
+    owner: Arc<Owner>,
+}
+
+/// Breaks the circle between the store and the volumes in its table.
+struct Owner {
+    inner: Arc<Inner>,
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let _inside = self.inner.engine.world.enter_again();
+        let volumes = std::mem::take(&mut *self.inner.volumes.write());
+        let images = std::mem::take(&mut *self.inner.images.write());
+        drop((volumes, images));
+    }
+}
+
+/// Lock order: world, images, volumes, then building or books, then a map's stripes (ascending), an index shard, a
+/// pool's cache, its central list. Nobody enters the world with one of the others held, unless inside already.
+pub(crate) struct Inner {
+    pub(crate) engine: Engine,
+    images: RwLock<BTreeMap<Digest, Arc<Image>>>,
+    volumes: RwLock<HashMap<VolumeId, Arc<Volume>>>,
+    /// Digests of images being brought in.
+    pub(crate) building: Mutex<HashSet<Digest>>,
+    books: Mutex<Books>,
+}
+
+/// Every map that holds references, by number.
+#[derive(Default)]
+struct Books {
+    next: u64,
+    maps: HashMap<u64, Arc<Map>>,
+}
+
+impl Inner {
+    pub(crate) fn enter_in_books(&self, map: &Arc<Map>) -> u64 {
+        let mut books = self.books.lock();
+        books.next += 1;
+        let number = books.next;
+        books.maps.insert(number, Arc::clone(map));
+        number
+    }
+
+    pub(crate) fn strike_from_books(&self, number: u64) {
+        self.books.lock().maps.remove(&number);
+    }
+
+    pub(crate) fn full(&self, needed: u64) -> StoreError {
+        self.engine.world.count_no_space();
+        StoreError::NoSpace { budget: ByteLen(self.engine.budget.limit()), needed: ByteLen(needed) }
+    }
+
+    pub(crate) fn refused(&self, refused: Refused) -> StoreError {
+        match refused {
+            Refused::Full => self.full(BLOCK as u64),
+            Refused::Closed => StoreError::Deleted,
+        }
+    }
+
+    pub(crate) fn add_image(&self, image: Image) -> Result<Arc<Image>, StoreError> {
+        let _inside = self.engine.world.enter();
+        let image = Arc::new(image);
+        let mut images = self.images.write();
+        if images.contains_key(&image.digest()) {
+            return Err(StoreError::ImageExists(image.digest()));
+        }
+        images.insert(image.digest(), Arc::clone(&image));
+        Ok(image)
+    }
+
+    fn verify(&self, disk: &Disk) -> Result<VerifyReport, StoreError> {
+        // A copy, so that the disk goes on meanwhile and no lock of it is held for long.
+        let copy = {
+            let _inside = self.engine.world.enter();
+            disk.fork(disk.map.size, true)?
+        };
+        let mut report = VerifyReport::default();
+        self.engine
+            .for_each_block(&copy.map, |block, frame| {
+                report.blocks += 1;
+                if !self.engine.frames.is_sound(frame) && report.bad.len() < 1000 {
+                    report.bad.push(block * BLOCK as u64);
+                }
+            })
+            .map_err(|refused| self.refused(refused))?;
+        report.bad.sort_unstable();
+        Ok(report)
+    }
+}
+
+/// Whether the kernel lends transparent huge pages to who asks for them.
+fn lends_huge_pages() -> bool {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")
+        .is_ok_and(|modes| modes.contains("[madvise]") || modes.contains("[always]"))
+}
+
 impl Store {
+    /// Reserves the address space; memory is taken as it is used.
     pub fn open(config: StoreConfig) -> Result<Store, StoreError> {
-        unimplemented!()
+        Self::open_with(config, STICKY)
     }
+
+    pub(crate) fn open_with(config: StoreConfig, sticky: u32) -> Result<Store, StoreError> {
+        let budget = config.budget;
+        if budget < LEAST_BUDGET || budget > MOST_BUDGET {
+            return Err(StoreError::Budget { budget, least: LEAST_BUDGET, most: MOST_BUDGET });
+        }
+        let pages = match config.pages {
+            Pages::Small => PageKind::Small,
+            Pages::Huge => PageKind::Huge,
+            Pages::Auto if budget < LEAST_FOR_HUGE => PageKind::Small,
+            Pages::Auto | Pages::Transparent if lends_huge_pages() => PageKind::Transparent,
+            Pages::Auto | Pages::Transparent => PageKind::Small,
+        };
+        let most = u64::from(u32::MAX - 1);
+        let frames = (budget.bytes() / BLOCK as u64).min(most) as u32;
+        let nodes = (budget.bytes() / NODE_COST).min(most) as u32;
+        let map_error = |what| move |source| StoreError::Map { what, size: budget, source };
+        let engine = Engine {
+            budget: Budget::new(budget.bytes()),
+            frames: Frames::reserve(frames, pages).map_err(map_error("frames"))?,
+            nodes: Nodes::reserve(nodes).map_err(map_error("map nodes"))?,
+            world: World::default(),
+            pages,
+            sticky,
+        };
+        let inner = Inner {
+            engine,
+            images: RwLock::default(),
+            volumes: RwLock::default(),
+            building: Mutex::default(),
+            books: Mutex::default(),
+        };
+        if !inner.engine.budget.charge(FIXED) {
+            return Err(inner.full(FIXED));
+        }
+        Ok(Store { owner: Arc::new(Owner { inner: Arc::new(inner) }) })
+    }
+
+    fn inner(&self) -> &Arc<Inner> {
+        &self.owner.inner
+    }
+
+    fn engine(&self) -> &Engine {
+        &self.owner.inner.engine
+    }
+
+    /// Begins to bring an image in.
     pub fn image_builder(&self, digest: Digest, name: &str, size: ByteLen) -> Result<ImageBuilder, StoreError> {
-        unimplemented!()
+        Disk::check_size(size)?;
+        let inner = self.inner();
+        let _inside = inner.engine.world.enter();
+        if inner.images.read().contains_key(&digest) {
+            return Err(StoreError::ImageExists(digest));
+        }
+        let disk = Disk::new(inner, size.bytes(), Map::empty_trees(size.bytes()), false)?;
+        ImageBuilder::new(inner, digest, name, disk)
     }
+
+    /// All resident images, in the order of their digests.
     pub fn images(&self) -> Vec<ImageInfo> {
-        unimplemented!()
+        let images = self.inner().images.read();
+        let mut users: HashMap<Digest, usize> = HashMap::new();
+        for volume in self.inner().volumes.read().values() {
+            if let Some(base) = volume.base() {
+                *users.entry(base).or_default() += 1;
+            }
+        }
+        let info = |image: &Arc<Image>| ImageInfo {
+            digest: image.digest(),
+            name: image.name().to_owned(),
+            size: image.size(),
+            mapped_bytes: ByteLen(image.disk.map.mapped() * BLOCK as u64),
+            volumes: users.get(&image.digest()).copied().unwrap_or(0),
+        };
+        images.values().map(info).collect()
     }
+
     pub fn image(&self, digest: &Digest) -> Option<Arc<Image>> {
-        unimplemented!()
+        self.inner().images.read().get(digest).map(Arc::clone)
     }
+
+    /// Forgets an image no volume is made from. What only it holds is freed when the last `Arc` of it goes, here and now
+    /// as a rule.
     pub fn drop_image(&self, digest: &Digest) -> Result<(), StoreError> {
-        unimplemented!()
+        let inner = self.inner();
+        let _inside = inner.engine.world.enter();
+        let image = {
+            let mut images = inner.images.write();
+            let users = inner.volumes.read().values().filter(|volume| volume.base() == Some(*digest)).count();
+            if users > 0 {
+                return Err(StoreError::ImageInUse { digest: *digest, volumes: users });
+            }
+            images.remove(digest).ok_or(StoreError::ImageNotFound(*digest))?
+        };
+        drop(image);
+        Ok(())
     }
-    /// A snapshot kept as an image: how a session's changes become a new version.
+
+    /// Keeps a snapshot as an image: how a session's changes become a new version. Copies nothing.
     pub fn commit(&self, snapshot: &Snapshot, digest: Digest, name: &str) -> Result<Arc<Image>, StoreError> {
-        unimplemented!()
+        self.check_ours(snapshot)?;
+        let disk = {
+            let _inside = self.engine().world.enter();
+            snapshot.disk.fork(snapshot.disk.map.size, true)?
+        };
+        self.inner().add_image(Image::new(disk, digest, name))
     }
+
+    /// A blank volume, or a clone of an image: that takes microseconds and about a kilobyte, whatever the size.
     pub fn create_volume(&self, spec: VolumeSpec) -> Result<Arc<Volume>, StoreError> {
-        unimplemented!()
+        let inner = self.inner();
+        let _inside = inner.engine.world.enter();
+        // held to the end, so that the image is not dropped meanwhile
+        let images = inner.images.read();
+        let origin = match spec.base {
+            None => Origin::Blank,
+            Some(digest) => {
+                Origin::Image(images.get(&digest).map(Arc::clone).ok_or(StoreError::ImageNotFound(digest))?)
+            }
+        };
+        self.add_volume(spec, origin)
     }
-    /// As [`Store::create_volume`], starting as the snapshot (`spec.base` only names the lineage).
+
+    /// As [`Store::create_volume`], but it starts as the snapshot, and a reset goes back to that. `spec.base` only says
+    /// which image it descends from, and keeps that one from being dropped.
     pub fn create_volume_from(&self, spec: VolumeSpec, snapshot: &Snapshot) -> Result<Arc<Volume>, StoreError> {
-        unimplemented!()
+        self.check_ours(snapshot)?;
+        let inner = self.inner();
+        let _inside = inner.engine.world.enter();
+        let images = inner.images.read();
+        if let Some(base) = spec.base.filter(|base| !images.contains_key(base)) {
+            return Err(StoreError::ImageNotFound(base));
+        }
+        self.add_volume(spec, Origin::Snapshot(snapshot.clone()))
     }
+
+    fn check_ours(&self, snapshot: &Snapshot) -> Result<(), StoreError> {
+        if Arc::ptr_eq(&snapshot.disk.inner, self.inner()) { Ok(()) } else { Err(StoreError::ForeignSnapshot) }
+    }
+
+    fn add_volume(&self, spec: VolumeSpec, origin: Origin) -> Result<Arc<Volume>, StoreError> {
+        let inner = self.inner();
+        let base_size = origin.disk().map(Disk::size);
+        let size = spec.size.or(base_size).unwrap_or(ByteLen::ZERO);
+        Disk::check_size(size)?;
+        if let Some(base) = base_size.filter(|base| size < *base) {
+            return Err(StoreError::SmallerThanBase { size, base });
+        }
+        let mut volumes = inner.volumes.write();
+        if volumes.contains_key(&spec.id) {
+            return Err(StoreError::VolumeExists(spec.id));
+        }
+        let disk = match origin.disk() {
+            None => Disk::new(inner, size.bytes(), Map::empty_trees(size.bytes()), spec.read_only)?,
+            Some(base) => base.fork(size.bytes(), spec.read_only)?,
+        };
+        let volume = Arc::new(Volume::new(disk, &spec, origin));
+        volumes.insert(spec.id, Arc::clone(&volume));
+        Ok(volume)
+    }
+
+    /// All volumes, in the order of their ids.
     pub fn volumes(&self) -> Vec<Arc<Volume>> {
-        unimplemented!()
+        let mut volumes: Vec<_> = self.inner().volumes.read().values().map(Arc::clone).collect();
+        volumes.sort_unstable_by_key(|volume| volume.id());
+        volumes
     }
+
     pub fn volume(&self, id: VolumeId) -> Option<Arc<Volume>> {
-        unimplemented!()
+        self.inner().volumes.read().get(&id).map(Arc::clone)
     }
-    /// Frees its memory now; requests on handles that are still about fail as fenced.
+
+    /// Frees the volume's memory before it returns. Requests on handles that are still about fail as fenced; its
+    /// snapshots stay.
     pub fn delete_volume(&self, id: VolumeId) -> Result<(), StoreError> {
-        unimplemented!()
+        let inner = self.inner();
+        let _inside = inner.engine.world.enter();
+        let volume = inner.volumes.write().remove(&id).ok_or(StoreError::VolumeNotFound(id))?;
+        inner.engine.close(&volume.disk.map);
+        Ok(())
     }
+
+    /// Reads every block of the volume as it is now and hashes it again.
     pub fn verify_volume(&self, id: VolumeId) -> Result<VerifyReport, StoreError> {
-        unimplemented!()
+        let volume = self.volume(id).ok_or(StoreError::VolumeNotFound(id))?;
+        self.inner().verify(&volume.disk)
     }
+
+    /// Reads every block of the image and hashes it again.
     pub fn verify_image(&self, digest: &Digest) -> Result<VerifyReport, StoreError> {
-        unimplemented!()
+        let image = self.image(digest).ok_or(StoreError::ImageNotFound(*digest))?;
+        self.inner().verify(&image.disk)
     }
+
+    /// Stops all changes (not reads), counts all references again, and compares. Takes about a second for 16 GiB.
     pub fn audit(&self) -> AuditReport {
-        unimplemented!()
+        let inner = self.inner();
+        let _stopped = inner.engine.world.stop();
+        let mut recount = Recount::new(&inner.engine);
+        let maps: Vec<Arc<Map>> = inner.books.lock().maps.values().map(Arc::clone).collect();
+        for map in &maps {
+            recount.add(map);
+        }
+        recount.compare();
+        let used = inner.engine.frames.pool.stats().used;
+        let frames = recount.frames.iter().filter(|&&count| count > 0).count() as u64;
+        if frames != used && inner.engine.sticky == STICKY {
+            recount.fault(format!("{used} frames are in use, {frames} are referred to"));
+        }
+        let (images, volumes) = (inner.images.read().len(), inner.volumes.read().len());
+        AuditReport {
+            frames,
+            frame_references: recount.frames.iter().map(|&count| u64::from(count)).sum(),
+            nodes: recount.nodes.iter().filter(|&&count| count > 0).count() as u64,
+            maps: maps.len(),
+            images,
+            volumes,
+            faults: recount.faults,
+        }
     }
+
+    /// What the store holds and takes. Cheap enough for every second.
     pub fn stats(&self) -> StoreStats {
-        unimplemented!()
+        let inner = self.inner();
+        let engine = &inner.engine;
+        let block = BLOCK as u64;
+        let frames = engine.frames.pool.stats();
+        let charged = engine.budget.charged();
+        let frame_bytes = frames.resident * block;
+        let (_, dedup_hits, dedup_misses) = engine.frames.index.counts();
+        let (zero_blocks, no_space) = engine.world.counts();
+        let (maps, logical) = {
+            let maps: Vec<Arc<Map>> = inner.books.lock().maps.values().map(Arc::clone).collect();
+            (maps.len(), maps.iter().map(|map| map.mapped()).sum::<u64>() * block)
+        };
+        let (images, image_bytes) = {
+            let images = inner.images.read();
+            (images.len(), images.values().map(|image| image.size().bytes()).sum::<u64>())
+        };
+        let (volumes, volume_bytes) = {
+            let volumes = inner.volumes.read();
+            (volumes.len(), volumes.values().map(|volume| volume.size().bytes()).sum::<u64>())
+        };
+        let used_bytes = frames.used * block;
+        StoreStats {
+            budget: ByteLen(engine.budget.limit()),
+            resident_bytes: ByteLen(charged),
+            frame_bytes: ByteLen(frame_bytes),
+            metadata_bytes: ByteLen(charged.saturating_sub(frame_bytes)),
+            unique_blocks: frames.used,
+            used_bytes: ByteLen(used_bytes),
+            available_bytes: ByteLen(self.available()),
+            logical_bytes: ByteLen(logical),
+            provisioned_bytes: ByteLen(image_bytes + volume_bytes),
+            dedup_ratio: if used_bytes == 0 { 1.0 } else { logical as f64 / used_bytes as f64 },
+            zero_blocks,
+            dedup_hits,
+            dedup_misses,
+            no_space,
+            images,
+            volumes,
+            snapshots: maps.saturating_sub(images + volumes),
+            pages: engine.pages,
+        }
     }
-    /// Whether this many bytes of blocks the store has never seen fit now, their metadata included.
+
+    /// Bytes of new unique blocks the budget still holds.
+    fn available(&self) -> u64 {
+        let engine = self.engine();
+        let block = BLOCK as u64;
+        let kept = engine.frames.pool.stats().kept * block;
+        let free = engine.budget.limit().saturating_sub(engine.budget.charged()) + kept;
+        free / (block + BESIDE_BLOCK) * block
+    }
+
+    /// Whether this many bytes of blocks the store has never seen fit now, their metadata included. A promise to nobody:
+    /// somebody else may write first.
     pub fn would_fit(&self, new_unique: ByteLen) -> bool {
-        unimplemented!()
+        new_unique.bytes().next_multiple_of(BLOCK as u64) <= self.available()
     }
 }

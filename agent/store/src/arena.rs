@@ -1,0 +1,205 @@
+//! Memory straight from the kernel. The only module of this crate with `unsafe` in it.
+//!
+//! A [`Region`] is address space reserved at once and taken from the machine page by page as it is touched
+//! (`MAP_NORESERVE`), so its size costs nothing. [`Words`] shows one as atomics, which is safe for anybody at any time.
+//! [`Blocks`] shows one as frames of [`BLOCK`] bytes, and relies on one rule that `frames.rs` keeps:
+//!
+//! **Frame rule.** A frame without a reference belongs to the one thread that took it from the pool, which alone may
+//! fill it. From the moment it is published (entered in the index, or in a map) until its last reference is dropped
+//! nobody writes it. Whoever reads or compares a frame holds a reference to it, or the lock of a map that does, or the
+//! lock of the index shard that lists it, for as long as the call lasts.
+#![allow(unsafe_code)]
+
+use std::{ffi::c_void, io, ops::Range, ptr::NonNull, sync::atomic::AtomicU32};
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+
+use crate::PageKind;
+
+/// Bytes of a frame, and of the block it holds.
+pub(crate) const BLOCK: usize = 4096;
+
+/// What huge pages come in on the machines we know (x86-64, AArch64 with 4 KiB pages).
+const HUGE: usize = 2 << 20;
+
+/// Reserved address space.
+struct Region {
+    /// Aligned to [`HUGE`].
+    base: NonNull<u8>,
+    len: usize,
+    /// The mapping as the kernel gave it.
+    mapping: *mut c_void,
+    mapped: usize,
+}
+
+// SAFETY: a Region is an address and a length that never change; what may be done with the memory behind it is ruled by
+// the types built on it.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn reserve(len: usize, pages: PageKind) -> io::Result<Region> {
+        let len = len.max(1).next_multiple_of(HUGE);
+        // one huge page more than needed, so that the base can be aligned
+        let mapped = len.checked_add(HUGE).ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = match pages {
+            PageKind::Small | PageKind::Transparent => MapFlags::PRIVATE | MapFlags::NORESERVE,
+            PageKind::Huge => MapFlags::PRIVATE | MapFlags::HUGETLB,
+        };
+        // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no existing memory.
+        let mapping =
+            unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        let skip = mapping.cast::<u8>().align_offset(HUGE);
+        // SAFETY: the mapping is HUGE bytes longer than `len`, so base and base + len lie within it.
+        let base = unsafe { NonNull::new_unchecked(mapping.cast::<u8>().add(skip)) };
+        let region = Region { base, len, mapping, mapped };
+        match pages {
+            // SAFETY: the range is ours; this advice does not change contents.
+            PageKind::Transparent => unsafe { madvise(region.base.as_ptr().cast(), len, Advice::LinuxHugepage) }?,
+            // Where huge pages are "always", one touched frame would take 512. A kernel without them refuses the advice.
+            // SAFETY: as above.
+            PageKind::Small => {
+                let _ = unsafe { madvise(region.base.as_ptr().cast(), len, Advice::LinuxNoHugepage) };
+            }
+            PageKind::Huge => {}
+        }
+        // A core dump of the whole store would fill the disk, and hold every guest's data. Not vital, so not checked.
+        // SAFETY: the range is ours; this advice does not change contents.
+        let _ = unsafe { madvise(region.base.as_ptr().cast(), len, Advice::LinuxDontDump) };
+        Ok(region)
+    }
+
+    /// Gives the pages of the range back to the machine. They read as zero afterwards.
+    fn give_back(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: the range lies within our mapping. The callers of `Words::give_back` and `Blocks::give_back` own all of
+        // it: nobody reads or writes it during the call. An error leaves the pages as they are, which is harmless.
+        let _ = unsafe {
+            madvise(self.base.as_ptr().add(range.start).cast(), range.len(), Advice::LinuxDontNeed)
+        };
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: this mapping was made by `reserve`, is unmapped once, and nothing borrowed from it outlives us.
+        let _ = unsafe { munmap(self.mapping, self.mapped) };
+    }
+}
+
+/// A region of atomic words, all zero at first.
+pub(crate) struct Words(Region);
+
+impl Words {
+    pub(crate) fn reserve(count: usize) -> io::Result<Words> {
+        Ok(Words(Region::reserve(count * size_of::<AtomicU32>(), PageKind::Small)?))
+    }
+
+    #[inline]
+    pub(crate) fn all(&self) -> &[AtomicU32] {
+        // SAFETY: the region is mapped, readable, writable and aligned for all of our life, every bit pattern is an
+        // AtomicU32, and the memory is only ever reached as atomics (`give_back` sets words to zero in the kernel, which
+        // a concurrent atomic access may see before or after).
+        unsafe {
+            std::slice::from_raw_parts(self.0.base.as_ptr().cast(), self.0.len / size_of::<AtomicU32>())
+        }
+    }
+
+    /// Gives whole pages of words that nobody uses back to the machine.
+    pub(crate) fn give_back(&self, words: Range<usize>) {
+        self.0.give_back(words.start * size_of::<AtomicU32>()..words.end * size_of::<AtomicU32>());
+    }
+
+    #[cfg(test)]
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        self.0.base.as_ptr().addr()..self.0.base.as_ptr().addr() + self.0.len
+    }
+}
+
+/// A region of frames. See the frame rule above.
+pub(crate) struct Blocks(Region);
+
+impl Blocks {
+    pub(crate) fn reserve(frames: usize, pages: PageKind) -> io::Result<Blocks> {
+        Ok(Blocks(Region::reserve(frames * BLOCK, pages)?))
+    }
+
+    #[inline]
+    fn frame(&self, frame: u32) -> *mut u8 {
+        let at = frame as usize * BLOCK;
+        assert!(at < self.0.len, "frame {frame} is outside of the arena");
+        // SAFETY: the region's length is a multiple of BLOCK, so the whole frame lies within it.
+        unsafe { self.0.base.as_ptr().add(at) }
+    }
+
+    /// Fills a frame the caller took from the pool and has not published yet.
+    #[inline]
+    pub(crate) fn fill(&self, frame: u32, block: &[u8; BLOCK]) {
+        // SAFETY: by the frame rule no other thread reads or writes this frame now; source and destination are BLOCK
+        // bytes long, and no `&[u8]` ever refers to arena memory, so they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), self.frame(frame), BLOCK) }
+    }
+
+    /// Copies bytes `from..from + buf.len()` of a frame the caller keeps alive.
+    #[inline]
+    pub(crate) fn read(&self, frame: u32, from: usize, buf: &mut [u8]) {
+        assert!(from <= BLOCK && buf.len() <= BLOCK - from);
+        // SAFETY: by the frame rule nobody writes this frame during the call; the range lies within the frame; `buf` is
+        // exclusive and outside of the arena.
+        unsafe { std::ptr::copy_nonoverlapping(self.frame(frame).add(from), buf.as_mut_ptr(), buf.len()) }
+    }
+
+    /// Shows a frame the caller keeps alive.
+    #[inline]
+    pub(crate) fn with<R>(&self, frame: u32, look: impl FnOnce(&[u8; BLOCK]) -> R) -> R {
+        // SAFETY: by the frame rule nobody writes this frame during the call; the reference cannot leave it.
+        look(unsafe { &*self.frame(frame).cast::<[u8; BLOCK]>() })
+    }
+
+    /// Gives frames back to the machine that are free and that the caller keeps out of the pool meanwhile.
+    pub(crate) fn give_back(&self, frames: Range<u32>) {
+        self.0.give_back(frames.start as usize * BLOCK..frames.end as usize * BLOCK);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn addresses(&self) -> Range<usize> {
+        self.0.base.as_ptr().addr()..self.0.base.as_ptr().addr() + self.0.len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use super::*;
+
+    #[test]
+    fn frames_keep_what_they_were_filled_with_until_given_back() {
+        let blocks = Blocks::reserve(1 << 20, PageKind::Small).unwrap();
+        blocks.fill(0, &[1; BLOCK]);
+        blocks.fill((1 << 20) - 1, &[2; BLOCK]);
+        let mut buf = [0; 10];
+        blocks.read((1 << 20) - 1, BLOCK - 10, &mut buf);
+        assert_eq!(buf, [2; 10]);
+        assert!(blocks.with(0, |frame| frame == &[1; BLOCK]));
+        blocks.give_back(0..1);
+        assert!(blocks.with(0, |frame| frame == &[0; BLOCK]));
+    }
+
+    #[test]
+    fn words_start_as_zero() {
+        let words = Words::reserve(10_000).unwrap();
+        assert!(words.all().len() >= 10_000);
+        assert!(words.all().iter().all(|word| word.load(Relaxed) == 0));
+        words.all()[1024].store(7, Relaxed);
+        words.give_back(1024..2048);
+        assert_eq!(words.all()[1024].load(Relaxed), 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside of the arena")]
+    fn a_frame_outside_of_the_arena_is_never_reached() {
+        Blocks::reserve(1, PageKind::Small).unwrap().fill(u32::MAX, &[0; BLOCK]);
+    }
+}

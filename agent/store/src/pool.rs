@@ -1,0 +1,313 @@
+//! Which frames and nodes are free, and what the machine has lent us.
+//!
+//! A [`Pool`] deals out numbers 1, 2, 3, ... (0 always means "none"). Numbers given back are dealt again first, the ones
+//! whose memory is still ours before the ones whose memory went back to the machine, before new ones. Each thread slot
+//! has a small cache, so that most calls touch no shared line. Memory is taken and given back in granules: the numbers
+//! that share one page of the machine. A [`Budget`] is charged for a granule when it is taken and credited when it goes
+//! back; what a freed number still occupies stays charged, because the machine does not have it.
+//!
+//! Lock order: cache, then central. `purging` is taken before both, by one purge at a time.
+
+use std::{
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use parking_lot::Mutex;
+
+use crate::sync::{Padded, SLOTS, slot};
+
+/// Numbers moved between a cache and the central list at once: large enough that the central lock is rare, small enough
+/// that what sits in caches is nothing (16 slots x 64 frames = 4 MiB).
+const BATCH: usize = 32;
+
+/// Bytes the machine has lent us against the most it may.
+pub(crate) struct Budget {
+    limit: u64,
+    charged: AtomicU64,
+}
+
+impl Budget {
+    pub(crate) const fn new(limit: u64) -> Self {
+        Self { limit, charged: AtomicU64::new(0) }
+    }
+
+    pub(crate) const fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    pub(crate) fn charged(&self) -> u64 {
+        self.charged.load(Relaxed)
+    }
+
+    /// Takes `bytes` when they fit.
+    #[must_use]
+    pub(crate) fn charge(&self, bytes: u64) -> bool {
+        self.charged
+            .fetch_update(Relaxed, Relaxed, |charged| charged.checked_add(bytes).filter(|sum| *sum <= self.limit))
+            .is_ok()
+    }
+
+    pub(crate) fn credit(&self, bytes: u64) {
+        let before = self.charged.fetch_sub(bytes, Relaxed);
+        debug_assert!(before >= bytes, "credited {bytes} of {before}");
+    }
+}
+
+/// What one number stands for.
+#[derive(Clone, Copy)]
+pub(crate) struct Unit {
+    /// Bytes that go back to the machine when its granule is free.
+    pub(crate) bytes: u64,
+    /// Bytes beside it (reference count, tag) that stay once touched.
+    pub(crate) beside: u64,
+    /// Numbers that share a page of the machine. A power of two.
+    pub(crate) granule: u32,
+    /// More free numbers than this, and the rest goes back to the machine.
+    pub(crate) keep: usize,
+}
+
+pub(crate) struct Pool {
+    unit: Unit,
+    /// The highest number.
+    capacity: u32,
+    caches: [Padded<Mutex<Vec<u32>>>; SLOTS],
+    central: Mutex<Central>,
+    purging: Mutex<()>,
+}
+
+struct Central {
+    /// Free, and their memory is ours.
+    kept: Vec<u32>,
+    /// First numbers of granules that are free and whose memory went back.
+    returned: Vec<u32>,
+    /// Never dealt yet.
+    next: u32,
+    /// Purge when `kept` is longer.
+    purge_above: usize,
+}
+
+/// How the numbers of a pool are spent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct PoolStats {
+    pub(crate) used: u64,
+    /// Free, memory still ours.
+    pub(crate) kept: u64,
+    /// Charged for `Unit::bytes` of these.
+    pub(crate) resident: u64,
+    /// No number at or above this was ever dealt.
+    pub(crate) next: u32,
+}
+
+impl Pool {
+    pub(crate) fn new(capacity: u32, unit: Unit) -> Self {
+        let central = Central { kept: Vec::new(), returned: Vec::new(), next: 1, purge_above: unit.keep };
+        Self {
+            unit,
+            capacity,
+            caches: Default::default(),
+            central: Mutex::new(central),
+            purging: Mutex::new(()),
+        }
+    }
+
+    /// A free number, now the caller's; `None` when there is none or the budget does not hold more.
+    pub(crate) fn take(&self, budget: &Budget) -> Option<u32> {
+        {
+            let mut cache = self.caches[slot()].0.lock();
+            if cache.is_empty() {
+                self.refill(&mut cache, budget);
+            }
+            if let Some(number) = cache.pop() {
+                return Some(number);
+            }
+        }
+        // the last free ones may sit in other threads' caches
+        self.caches.iter().find_map(|cache| cache.0.lock().pop())
+    }
+
+    fn refill(&self, cache: &mut Vec<u32>, budget: &Budget) {
+        let mut central = self.central.lock();
+        if central.kept.is_empty() {
+            while central.kept.len() < BATCH / 2 && self.grow(&mut central, budget) {}
+        }
+        let from = central.kept.len().saturating_sub(BATCH);
+        cache.extend(central.kept.drain(from..));
+    }
+
+    /// Takes more memory from the machine. The lowest number ends last in `kept`, so that it is dealt first.
+    fn grow(&self, central: &mut Central, budget: &Budget) -> bool {
+        let Unit { bytes, beside, granule, .. } = self.unit;
+        if let Some(&first) = central.returned.last() {
+            if !budget.charge(u64::from(granule) * bytes) {
+                return false;
+            }
+            central.returned.pop();
+            central.kept.extend((first..first + granule).rev());
+            return true;
+        }
+        for step in [granule.max(BATCH as u32), granule] {
+            let end = (u64::from(central.next / step + 1) * u64::from(step)).min(u64::from(self.capacity) + 1) as u32;
+            let count = end - central.next;
+            if count > 0 && budget.charge(u64::from(count) * (bytes + beside)) {
+                central.kept.extend((central.next..end).rev());
+                central.next = end;
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Takes a number back. True when so many are free that [`Pool::purge`] is due.
+    #[must_use]
+    pub(crate) fn put(&self, number: u32) -> bool {
+        let mut cache = self.caches[slot()].0.lock();
+        cache.push(number);
+        if cache.len() < 2 * BATCH {
+            return false;
+        }
+        let mut central = self.central.lock();
+        central.kept.extend(cache.drain(..BATCH));
+        central.kept.len() > central.purge_above
+    }
+
+    /// Gives memory of free numbers back to the machine, all but `keep` of them, as far as whole granules are free.
+    /// `give_back` is called with runs of numbers nobody else can reach.
+    pub(crate) fn purge(&self, keep: usize, budget: &Budget, give_back: impl Fn(Range<u32>)) {
+        let _alone = self.purging.lock();
+        if keep == 0 {
+            for cache in &self.caches {
+                let mut cache = cache.0.lock();
+                self.central.lock().kept.append(&mut cache);
+            }
+        }
+        let granule = self.unit.granule;
+        let mut free: Vec<u32> = {
+            let mut central = self.central.lock();
+            let spare = central.kept.len().saturating_sub(keep);
+            if spare < granule as usize {
+                return;
+            }
+            // one by one the oldest go; larger granules are only found among all
+            if granule == 1 { central.kept.drain(..spare).collect() } else { std::mem::take(&mut central.kept) }
+        };
+        free.sort_unstable();
+        let (mut whole, mut rest) = (Vec::new(), Vec::new());
+        for group in free.chunk_by(|a, b| a / granule == b / granule) {
+            if group.len() == granule as usize { whole.push(group[0]) } else { rest.extend_from_slice(group) }
+        }
+        for run in whole.chunk_by(|a, b| a + granule == *b) {
+            give_back(run[0]..run[run.len() - 1] + granule);
+        }
+        budget.credit(whole.len() as u64 * u64::from(granule) * self.unit.bytes);
+        let mut central = self.central.lock();
+        central.returned.append(&mut whole);
+        rest.reverse();
+        central.kept.append(&mut rest);
+        central.purge_above = self.unit.keep.max(2 * central.kept.len());
+    }
+
+    /// More free numbers than this are too many.
+    pub(crate) const fn keep(&self) -> usize {
+        self.unit.keep
+    }
+
+    pub(crate) fn stats(&self) -> PoolStats {
+        let cached: usize = self.caches.iter().map(|cache| cache.0.lock().len()).sum();
+        let central = self.central.lock();
+        let kept = (cached + central.kept.len()) as u64;
+        let returned = central.returned.len() as u64 * u64::from(self.unit.granule);
+        let resident = u64::from(central.next - 1).saturating_sub(returned);
+        PoolStats { used: resident.saturating_sub(kept), kept, resident, next: central.next }
+    }
+
+    /// Every free number below `PoolStats::next`. For the audit, with the world stopped.
+    pub(crate) fn free_numbers(&self) -> Vec<u32> {
+        let mut free = Vec::new();
+        for cache in &self.caches {
+            free.extend_from_slice(&cache.0.lock());
+        }
+        let central = self.central.lock();
+        free.extend_from_slice(&central.kept);
+        free.extend(central.returned.iter().flat_map(|&first| first..first + self.unit.granule));
+        free
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, collections::HashSet};
+
+    use super::*;
+
+    fn pool(granule: u32, keep: usize) -> Pool {
+        Pool::new(1000, Unit { bytes: 100, beside: 10, granule, keep })
+    }
+
+    #[test]
+    fn every_number_is_dealt_once_and_in_order() {
+        let (pool, budget) = (pool(1, 10_000), Budget::new(u64::MAX));
+        let dealt: Vec<u32> = std::iter::from_fn(|| pool.take(&budget)).collect();
+        assert_eq!(dealt, (1..=1000).collect::<Vec<_>>());
+        assert_eq!(budget.charged(), 1000 * 110);
+    }
+
+    #[test]
+    fn the_budget_is_never_exceeded_and_used_to_the_last_granule() {
+        let (pool, budget) = (pool(1, 10_000), Budget::new(77 * 110 + 5));
+        assert_eq!(std::iter::from_fn(|| pool.take(&budget)).count(), 77);
+        assert!(budget.charged() <= budget.limit());
+    }
+
+    #[test]
+    fn freed_numbers_are_dealt_before_new_ones() {
+        let (pool, budget) = (pool(1, 10_000), Budget::new(u64::MAX));
+        let first: HashSet<u32> = (0..500).map(|_| pool.take(&budget).unwrap()).collect();
+        let next = pool.stats().next;
+        for &number in &first {
+            assert!(!pool.put(number));
+        }
+        for _ in 0..500 {
+            pool.take(&budget).unwrap();
+        }
+        assert_eq!(pool.stats().next, next);
+    }
+
+    #[test]
+    fn a_purge_returns_whole_granules_only_and_credits_them() {
+        let (pool, budget) = (pool(16, 100), Budget::new(u64::MAX));
+        let all: Vec<u32> = (0..512).map(|_| pool.take(&budget).unwrap()).collect();
+        let before = budget.charged();
+        let mut due = false;
+        for &number in all.iter().filter(|&&number| number != 40) {
+            due |= pool.put(number);
+        }
+        assert!(due);
+        let returned = RefCell::new(HashSet::new());
+        pool.purge(0, &budget, |run| returned.borrow_mut().extend(run));
+        let returned = returned.into_inner();
+        assert!(!returned.contains(&40) && !returned.contains(&33) && returned.contains(&48));
+        assert_eq!(before - budget.charged(), returned.len() as u64 * 100);
+        assert_eq!(pool.stats().used, 1);
+        // and all of them come again
+        let again: HashSet<u32> = (0..511).map(|_| pool.take(&budget).unwrap()).collect();
+        assert!(!again.contains(&40));
+        assert_eq!(again.len(), 511);
+    }
+
+    #[test]
+    fn free_and_used_numbers_add_up() {
+        let (pool, budget) = (pool(1, 64), Budget::new(u64::MAX));
+        let taken: Vec<u32> = (0..300).map(|_| pool.take(&budget).unwrap()).collect();
+        for &number in &taken[100..] {
+            if pool.put(number) {
+                pool.purge(pool.keep() / 2, &budget, |_| {});
+            }
+        }
+        let free: HashSet<u32> = pool.free_numbers().into_iter().collect();
+        let stats = pool.stats();
+        assert_eq!(stats.used, 100);
+        assert_eq!(free.len() as u64 + stats.used, u64::from(stats.next - 1));
+        assert!(taken[..100].iter().all(|number| !free.contains(number)));
+    }
+}
