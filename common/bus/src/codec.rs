@@ -96,4 +96,15 @@ mod tests {
             assert_eq!(by_name(info.name).map(|c| c.info()), Some(*info));
         }
     }
+
+    proptest::proptest! {
+        /// Bytes come from the network: whatever they are, they are a value or an error.
+        #[test]
+        fn decoding_never_panics(topic in 0..muster_idl::topics::ALL.len(), bytes in proptest::collection::vec(0u8..=255, 0..300)) {
+            if let Some(codec) = by_name(muster_idl::topics::ALL[topic].name) {
+                let _ = codec.decode(&bytes);
+                let _ = codec.decode_key(&bytes);
+            }
+        }
+    }
 }

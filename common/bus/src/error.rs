@@ -31,8 +31,8 @@ pub enum BusError {
     /// The DDS library refused; its text says why.
     #[error("{attempted}: {reason}")]
     Dds { attempted: String, reason: String },
-    #[error("publish on {topic}: {unacknowledged} samples are not acknowledged yet, waited {waited_ms} ms")]
-    Timeout { topic: &'static str, unacknowledged: usize, waited_ms: u64 },
+    #[error("publish on {topic}: a reader has not acknowledged earlier samples, waited {waited_ms} ms")]
+    Timeout { topic: &'static str, waited_ms: u64 },
     #[error("use topic {topic}: it is not in the table of topics")]
     UnknownTopic { topic: &'static str },
     #[error("{attempted}: not valid CDR: {reason}")]

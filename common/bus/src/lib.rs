@@ -44,6 +44,8 @@ mod config;
 mod dds;
 mod error;
 mod queue;
+#[cfg(feature = "testing")]
+pub mod testing;
 pub mod twin;
 
 use std::{any::Any, fmt, marker::PhantomData, sync::Arc, time::Duration};
@@ -99,7 +101,11 @@ impl<T: Topic> Sample<T> {
 pub(crate) trait Transport: Send + Sync {
     fn writer(&self, codec: &'static dyn codec::Codec) -> Result<Box<dyn Writer>, BusError>;
     /// Samples go into `queue` until the returned guard is dropped.
-    fn reader(&self, codec: &'static dyn codec::Codec, queue: Arc<Queue>) -> Result<Box<dyn Any + Send + Sync>, BusError>;
+    fn reader(
+        &self,
+        codec: &'static dyn codec::Codec,
+        queue: Arc<Queue>,
+    ) -> Result<Box<dyn Any + Send + Sync>, BusError>;
     fn participant_guid(&self) -> String;
     fn diagnosis(&self) -> String;
     fn rebuild(&self) -> Result<(), BusError>;

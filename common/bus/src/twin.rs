@@ -101,7 +101,7 @@ struct State {
     /// Latest arrival of a reliable (writer, reader) pair: keeps their order.
     last_arrival: BTreeMap<(Id, Id), u64>,
     /// Reliable samples that wait for the end of a partition.
-    held: BTreeMap<(Id, Id), VecDeque<(u64, Arc<Message>)>>,
+    held: BTreeMap<(Id, Id), VecDeque<Arc<Message>>>,
     published: BTreeMap<&'static str, u64>,
 }
 
@@ -323,11 +323,8 @@ impl State {
 
     fn refresh_matches(&mut self, topic: &str) {
         for reader in self.readers.values().filter(|r| r.info.name == topic) {
-            let count = self
-                .writers
-                .values()
-                .filter(|w| w.info.name == topic && !self.cut(w.node, reader.node))
-                .count();
+            let count =
+                self.writers.values().filter(|w| w.info.name == topic && !self.cut(w.node, reader.node)).count();
             reader.queue.set_matched(count);
         }
     }
@@ -344,8 +341,7 @@ impl State {
         let local = w.node == r.node;
         if self.cut(w.node, r.node) {
             if reliable {
-                let now_us = self.now();
-                self.held.entry((writer, reader)).or_default().push_back((now_us, message));
+                self.held.entry((writer, reader)).or_default().push_back(message);
             }
             return;
         }
@@ -395,8 +391,7 @@ impl State {
             if !cut {
                 self.arrive(writer, reader, flight.message.0, flight.at_us);
             } else if self.readers.get(&reader).is_some_and(|r| r.info.profile.reliability == Reliability::Reliable) {
-                let now_us = self.now_us;
-                self.held.entry((writer, reader)).or_default().push_back((now_us, flight.message.0));
+                self.held.entry((writer, reader)).or_default().push_back(flight.message.0);
             }
         }
     }
@@ -432,7 +427,7 @@ impl State {
                 }
                 continue;
             }
-            for (_, message) in samples {
+            for message in samples {
                 self.send(writer, reader, message);
             }
         }
@@ -446,7 +441,8 @@ impl State {
     }
 
     fn send_history(&mut self, writer: Id, reader: Id) {
-        let history: Vec<_> = self.writers.get(&writer).map(|w| w.history.iter().cloned().collect()).unwrap_or_default();
+        let history: Vec<_> =
+            self.writers.get(&writer).map(|w| w.history.iter().cloned().collect()).unwrap_or_default();
         for message in history {
             self.send(writer, reader, message);
         }
@@ -586,7 +582,7 @@ impl TwinWriter {
         let waiting =
             state.held.iter().filter(|((w, _), _)| *w == self.id).map(|(_, samples)| samples.len()).max().unwrap_or(0);
         if history_depth == 0 && waiting >= max_samples as usize {
-            return Err(BusError::Timeout { topic: info.name, unacknowledged: waiting, waited_ms: 0 });
+            return Err(BusError::Timeout { topic: info.name, waited_ms: 0 });
         }
         let message = Arc::new(Message { writer: self.guid.clone(), bytes, disposed });
         *state.published.entry(info.name).or_insert(0) += 1;
@@ -644,5 +640,151 @@ impl Drop for TwinReader {
         state.held.retain(|(_, reader), _| *reader != id);
         state.last_arrival.retain(|(_, reader), _| *reader != id);
         state.refresh_matches(self.topic);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_idl::v1::{ControllerState, GroupCommand, Heartbeat, Progress, TargetKind, Verb};
+
+    use super::*;
+    use crate::{Publisher, Subscriber};
+
+    fn beat(counter: u64) -> Heartbeat {
+        Heartbeat {
+            host: "h".into(),
+            incarnation: String::new(),
+            boot: String::new(),
+            participant: String::new(),
+            counter,
+            sent_at_us: 0,
+            draining: false,
+        }
+    }
+
+    fn command(id: u64) -> GroupCommand {
+        GroupCommand {
+            id: id.to_string(),
+            controller: String::new(),
+            issuer: String::new(),
+            controller_epoch: 0,
+            group_epoch: 0,
+            issued_at_us: id,
+            not_after_us: 0,
+            target_kind: TargetKind::Vm,
+            target: String::new(),
+            members: vec![],
+            verb: Verb::Ping,
+            arguments: vec![],
+            wave: 0,
+            plan_digest: String::new(),
+            retry_of: String::new(),
+            key_id: String::new(),
+            signature: vec![],
+            extension: vec![],
+        }
+    }
+
+    fn drain<T: muster_idl::Topic>(subscriber: &mut Subscriber<T>) -> Vec<T> {
+        std::iter::from_fn(|| subscriber.try_recv()).filter_map(crate::Sample::value).collect()
+    }
+
+    fn pair<T: muster_idl::Topic>(network: &Network) -> (Publisher<T>, Subscriber<T>) {
+        let (a, b) = (network.join("a"), network.join("b"));
+        (a.publisher().unwrap(), b.subscriber(1000).unwrap())
+    }
+
+    #[test]
+    fn one_seed_gives_one_run() {
+        let run = |seed| {
+            let network = Network::with_virtual_time(seed, LossConfig::lossy(0.3, Duration::from_millis(10)));
+            let (writer, mut reader) = pair::<Heartbeat>(&network);
+            for i in 0..200 {
+                writer.publish(&beat(i)).unwrap();
+                network.advance(Duration::from_millis(1));
+            }
+            network.advance(Duration::from_secs(1));
+            drain(&mut reader).iter().map(|b| b.counter).collect::<Vec<_>>()
+        };
+        let first = run(1);
+        assert_eq!(first, run(1));
+        assert_ne!(first, run(2));
+        assert!((100..180).contains(&first.len()), "about 70 % of 200 arrive, got {}", first.len());
+    }
+
+    #[test]
+    fn reliable_samples_wait_out_a_partition_and_best_effort_ones_do_not() {
+        let network = Network::with_virtual_time(1, LossConfig::NONE);
+        let (commands, mut inbox) = pair::<GroupCommand>(&network);
+        let (beats, mut heard) = pair::<Heartbeat>(&network);
+        network.partition(&["a"], &["b"]);
+        assert_eq!(inbox.matched(), 1, "nobody has noticed yet");
+        commands.publish(&command(1)).unwrap();
+        beats.publish(&beat(1)).unwrap();
+        network.advance(Duration::from_secs(10));
+        assert!(drain(&mut inbox).is_empty() && drain(&mut heard).is_empty());
+        network.heal();
+        beats.publish(&beat(2)).unwrap();
+        assert_eq!(drain(&mut inbox), vec![command(1)]);
+        assert_eq!(drain(&mut heard), vec![beat(2)]);
+    }
+
+    #[test]
+    fn a_partition_longer_than_the_lease_loses_volatile_samples_and_repeats_the_rest() {
+        let network = Network::with_virtual_time(1, LossConfig::NONE);
+        let (commands, mut inbox) = pair::<GroupCommand>(&network);
+        let (states, mut seen) = pair::<ControllerState>(&network);
+        network.isolate("a");
+        let state = |n| ControllerState {
+            controller: "c".into(),
+            incarnation: String::new(),
+            name: String::new(),
+            epoch: 0,
+            group_epoch: 0,
+            stream_endpoint: String::new(),
+            lab: true,
+            sent_at_us: n,
+            awaiting: vec![],
+        };
+        commands.publish(&command(1)).unwrap();
+        states.publish(&state(1)).unwrap();
+        states.publish(&state(2)).unwrap();
+        network.advance(Duration::from_secs(51));
+        network.heal();
+        assert!(drain(&mut inbox).is_empty());
+        assert_eq!(inbox.missed(), 1);
+        assert_eq!(drain(&mut seen), vec![state(2)]);
+        commands.publish(&command(2)).unwrap();
+        assert_eq!(drain(&mut inbox), vec![command(2)]);
+    }
+
+    #[test]
+    fn published_samples_are_counted_once_however_many_hear_them() {
+        let network = Network::with_virtual_time(1, LossConfig::NONE);
+        let (commands, _one) = pair::<GroupCommand>(&network);
+        let (_, _two) = pair::<GroupCommand>(&network);
+        assert_eq!(commands.matched(), 2);
+        commands.publish(&command(1)).unwrap();
+        assert_eq!(network.published("muster_v1_group_command"), 1);
+    }
+
+    #[test]
+    fn a_writer_that_left_is_not_heard_again_and_its_last_words_arrive() {
+        let network = Network::with_virtual_time(1, LossConfig::lossy(0.0, Duration::from_millis(5)));
+        let (writer, mut reader) = pair::<Progress>(&network);
+        let progress = Progress {
+            command: "c".into(),
+            host: "h".into(),
+            vm: "v".into(),
+            phase: "p".into(),
+            done: 1,
+            total: 2,
+            sent_at_us: 3,
+        };
+        writer.publish(&progress).unwrap();
+        drop(writer);
+        network.advance(Duration::from_millis(5));
+        assert_eq!(drain(&mut reader), vec![progress]);
+        assert_eq!(reader.matched(), 0);
     }
 }

@@ -58,7 +58,9 @@ pub const fn answer(state: Option<EnabledState>, verb: Verb) -> Answer {
     let state = match (state, verb) {
         (None | Some(EnabledState::NotApplicable), Verb::Create) => return Do(Disabled),
         (None | Some(EnabledState::NotApplicable), Verb::Delete) => return Already,
-        (None | Some(EnabledState::NotApplicable), _) => return Refuse(NotFound, "no such virtual system on this host"),
+        (None | Some(EnabledState::NotApplicable), _) => {
+            return Refuse(NotFound, "no such virtual system on this host");
+        }
         (Some(_), Verb::Create) => return Refuse(AlreadyExists, "it exists"),
         (Some(state), Verb::Ping) => return Do(state),
         (Some(EnabledState::Unknown | EnabledState::Other | EnabledState::InTest | EnabledState::Deferred), _) => {
@@ -190,8 +192,7 @@ mod tests {
     use super::*;
     use EnabledState::*;
 
-    const LIVE: &[EnabledState] =
-        &[Enabled, Disabled, ShuttingDown, EnabledButOffline, Quiesce, Starting];
+    const LIVE: &[EnabledState] = &[Enabled, Disabled, ShuttingDown, EnabledButOffline, Quiesce, Starting];
 
     #[test]
     fn the_table_of_the_design_holds() {
