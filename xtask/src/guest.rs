@@ -73,7 +73,9 @@ pub fn build(context: &Context, pieces: &[Piece]) -> Result<()> {
             if is_current(context, piece)? {
                 return Ok("present".to_owned());
             }
-            if piece == Piece::Office && !dir.join("work/tree.tar").exists() {
+            let base_is_current =
+                || Ok::<_, anyhow::Error>(is_current(context, Piece::Debian)? && dir.join("work/tree.tar").exists());
+            if piece == Piece::Office && !base_is_current()? {
                 build_piece(context, &dir, Piece::Debian)?;
             }
             build_piece(context, &dir, piece)?;

@@ -12,11 +12,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::run::{Cmd, Context};
+use super::process::{ProcessId, wait_for};
+use crate::run::Context;
 
 /// The DDS domain of the demo. Not 0: somebody's own DDS programs may be there on a shared machine.
 pub const CELL: u16 = 10;
@@ -36,7 +37,6 @@ pub const NODES: &[(&str, &str)] = &[
     ("host3", "10.77.0.13"),
     ("observer", "10.77.0.99"),
 ];
-pub const HOSTS: &[&str] = &["host1", "host2", "host3"];
 
 /// What runs as process 1 of a machine: makes it see only its own folders, then waits and buries orphans.
 const HOLDER: &str = r#"
@@ -192,19 +192,6 @@ impl<'a> World<'a> {
         NODES.iter().all(|(node, _)| self.holder(node).is_some())
     }
 
-    /// A command inside a machine.
-    pub fn command_in(&self, node: &str, program: &str) -> Result<Cmd<'a>> {
-        let holder = self
-            .holder(node)
-            .with_context(|| format!("machine {node} is not up: `cargo xtask demo down`, then again"))?;
-        Ok(self
-            .context
-            .command("nsenter")
-            .args(["--target", &holder.to_string(), "--mount", "--uts", "--ipc", "--net", "--pid", "--"])
-            .arg(program)
-            .dir(Path::new("/")))
-    }
-
     /// Starts a program inside a machine that goes on when we end.
     pub fn start_in(&self, node: &str, program: &str, args: &[&str]) -> Result<()> {
         let log =
@@ -227,6 +214,18 @@ impl<'a> World<'a> {
             .args(args)
             .dir(Path::new("/"))
             .start(&log)?;
+        Ok(())
+    }
+
+    /// Starts a program that is on a machine's network and ends with the machine, but sees the files of this one.
+    pub fn start_on_network(&self, node: &str, program: &Path, args: &[&str], log: &Path) -> Result<()> {
+        let holder = self.holder(node).with_context(|| format!("machine {node} is not up"))?;
+        self.context
+            .command("setsid")
+            .args(["nsenter", "--target", &holder.to_string(), "--net", "--pid", "--"])
+            .arg(program)
+            .args(args)
+            .start(log)?;
         Ok(())
     }
 
@@ -309,70 +308,9 @@ fn firewall() -> String {
     )
 }
 
-/// A process and when it started: a number alone may be somebody else's by now.
-struct ProcessId {
-    id: u32,
-    started: u64,
-}
-
-impl ProcessId {
-    fn of(id: u32) -> Option<ProcessId> {
-        Some(ProcessId { id, started: start_time(id)? })
-    }
-
-    fn parse(text: &str) -> Option<ProcessId> {
-        let (id, started) = text.trim().split_once(' ')?;
-        Some(ProcessId { id: id.parse().ok()?, started: started.parse().ok()? })
-    }
-
-    fn is_alive(&self) -> bool {
-        start_time(self.id) == Some(self.started)
-    }
-}
-
-impl std::fmt::Display for ProcessId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} {}", self.id, self.started)
-    }
-}
-
-/// When a process started, in ticks since boot; None when it is gone or only waits to be buried.
-fn start_time(id: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
-    // the name may hold spaces and brackets: fields are counted after the last bracket
-    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
-    if fields.first() == Some(&"Z") {
-        return None;
-    }
-    fields.get(19)?.parse().ok()
-}
-
-/// Waits until a condition holds; false when it did not in time.
-pub fn wait_for(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
-    let start = Instant::now();
-    loop {
-        if condition() {
-            return true;
-        }
-        if start.elapsed() > limit {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_process_is_known_by_its_number_and_start() {
-        let own = ProcessId::of(std::process::id()).expect("this process is alive");
-        assert!(own.is_alive());
-        let same = ProcessId::parse(&own.to_string()).expect("what was written can be read");
-        assert!(same.is_alive());
-        assert!(!ProcessId { id: own.id, started: own.started + 1 }.is_alive());
-    }
 
     #[test]
     fn the_firewall_passes_the_ports_of_the_cell() {
