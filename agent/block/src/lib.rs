@@ -59,7 +59,10 @@ impl Geometry {
             Some(end) if end <= self.size.bytes() => Ok(offset..end),
             _ => Err(BlockError::new(
                 BlockErrorKind::OutOfRange,
-                format!("range of {len} bytes at offset {offset} is not within a device of {} bytes", self.size.bytes()),
+                format!(
+                    "range of {len} bytes at offset {offset} is not within a device of {} bytes",
+                    self.size.bytes()
+                ),
             )),
         }
     }
@@ -187,7 +190,8 @@ mod tests {
     #[test]
     fn extents_of_one_kind_are_joined() {
         let mut out = Vec::new();
-        for (len, kind) in [(1, ExtentKind::Data), (2, ExtentKind::Data), (0, ExtentKind::Hole), (3, ExtentKind::Hole)] {
+        for (len, kind) in [(1, ExtentKind::Data), (2, ExtentKind::Data), (0, ExtentKind::Hole), (3, ExtentKind::Hole)]
+        {
             Extent::push(&mut out, len, kind);
         }
         assert_eq!(out, [Extent { len: 3, kind: ExtentKind::Data }, Extent { len: 3, kind: ExtentKind::Hole }]);

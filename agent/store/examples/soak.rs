@@ -25,12 +25,7 @@ fn main() {
             }
         }
     }
-    let plan = soak::Plan {
-        unique: ByteLen::gib(gib as u64),
-        writers,
-        churn,
-        audit_every: Duration::from_secs(5),
-    };
+    let plan = soak::Plan { unique: ByteLen::gib(gib as u64), writers, churn, audit_every: Duration::from_secs(5) };
     let outcome = soak::run(&plan);
     let stats = &outcome.stats;
     let metadata = stats.metadata_bytes.bytes() as f64;

@@ -75,9 +75,7 @@ impl Region {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: the range lies within our mapping. The callers of `Words::give_back` and `Blocks::give_back` own all of
         // it: nobody reads or writes it during the call. An error leaves the pages as they are, which is harmless.
-        let _ = unsafe {
-            madvise(self.base.as_ptr().add(range.start).cast(), range.len(), Advice::LinuxDontNeed)
-        };
+        let _ = unsafe { madvise(self.base.as_ptr().add(range.start).cast(), range.len(), Advice::LinuxDontNeed) };
     }
 }
 
@@ -101,9 +99,7 @@ impl Words {
         // SAFETY: the region is mapped, readable, writable and aligned for all of our life, every bit pattern is an
         // AtomicU32, and the memory is only ever reached as atomics (`give_back` sets words to zero in the kernel, which
         // a concurrent atomic access may see before or after).
-        unsafe {
-            std::slice::from_raw_parts(self.0.base.as_ptr().cast(), self.0.len / size_of::<AtomicU32>())
-        }
+        unsafe { std::slice::from_raw_parts(self.0.base.as_ptr().cast(), self.0.len / size_of::<AtomicU32>()) }
     }
 
     /// Gives whole pages of words that nobody uses back to the machine.

@@ -167,4 +167,3 @@ macro_rules! device {
 device!(crate::Volume, disk);
 device!(crate::Snapshot, disk);
 device!(crate::Image, disk);
-

@@ -37,6 +37,15 @@ pub(crate) struct Shard {
     pub(crate) misses: u64,
 }
 
+/// Sums over all shards.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct IndexCounts {
+    /// Entries that fit before tables grow.
+    pub(crate) room: u64,
+    pub(crate) hits: u64,
+    pub(crate) misses: u64,
+}
+
 /// What a search ended with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Found {
@@ -59,12 +68,15 @@ impl Index {
         self.shards[(tag >> (u32::BITS - SHARD_BITS)) as usize].0.lock()
     }
 
-    /// Entries, hits and misses.
-    pub(crate) fn counts(&self) -> (u64, u64, u64) {
-        self.shards.iter().fold((0, 0, 0), |(used, hits, misses), shard| {
+    pub(crate) fn counts(&self) -> IndexCounts {
+        let mut counts = IndexCounts::default();
+        for shard in &self.shards {
             let shard = shard.0.lock();
-            (used + shard.used as u64, hits + shard.hits, misses + shard.misses)
-        })
+            counts.room += (shard.slots.len() * 4 / 5).saturating_sub(shard.used) as u64;
+            counts.hits += shard.hits;
+            counts.misses += shard.misses;
+        }
+        counts
     }
 
     /// Every (tag, frame) listed.

@@ -294,14 +294,7 @@ impl Engine {
 
     /// Puts `new` frames (0: holes) at a leaf's slots from `first` on, taking over their references, and puts the
     /// references of those they replace in `old`. When refused nothing is changed. The caller has the write lock.
-    fn exchange(
-        &self,
-        tree: &mut Tree,
-        index: u64,
-        first: usize,
-        new: &[u32],
-        old: &mut [u32],
-    ) -> Result<(), Refused> {
+    fn exchange(&self, tree: &mut Tree, index: u64, first: usize, new: &[u32], old: &mut [u32]) -> Result<(), Refused> {
         tree.check_open()?;
         let leaf = self.leaf(tree, index);
         let holes = new.iter().all(|&frame| frame == 0);
@@ -697,12 +690,7 @@ impl Engine {
             let mut see = |index: u64, a: u32, b: u32| {
                 leaves.push((index * STRIPES as u64 + stripe as u64, self.leaf_difference(a, b)));
             };
-            self.compare(
-                (a.root.load(Relaxed), a.height),
-                (b.root.load(Relaxed), b.height),
-                0,
-                &mut see,
-            );
+            self.compare((a.root.load(Relaxed), a.height), (b.root.load(Relaxed), b.height), 0, &mut see);
         }
         leaves.sort_unstable_by_key(|&(leaf, _)| leaf);
         let mut runs: Vec<(u64, u64)> = Vec::new();

@@ -102,13 +102,7 @@ pub(crate) struct PoolStats {
 impl Pool {
     pub(crate) fn new(capacity: u32, unit: Unit) -> Self {
         let central = Central { kept: Vec::new(), returned: Vec::new(), next: 1, purge_above: unit.keep };
-        Self {
-            unit,
-            capacity,
-            caches: Default::default(),
-            central: Mutex::new(central),
-            purging: Mutex::new(()),
-        }
+        Self { unit, capacity, caches: Default::default(), central: Mutex::new(central), purging: Mutex::new(()) }
     }
 
     /// A free number, now the caller's; `None` when there is none or the budget does not hold more.
@@ -204,7 +198,13 @@ impl Pool {
         central.returned.append(&mut whole);
         rest.reverse();
         central.kept.append(&mut rest);
-        central.purge_above = self.unit.keep.max(2 * central.kept.len());
+        // a quarter more before the next search, so that fruitless ones stay rare
+        central.purge_above = self.unit.keep.max(central.kept.len() / 4 * 5);
+    }
+
+    /// Numbers that are taken from the machine together.
+    pub(crate) const fn granule(&self) -> u32 {
+        self.unit.granule
     }
 
     /// More free numbers than this are too many.

@@ -14,7 +14,7 @@ use crate::{
     arena::BLOCK,
     disk::Disk,
     frames::{BESIDE_FRAME, Engine, Frames, STICKY},
-    index,
+    index::{self, IndexCounts},
     map::{Map, NODE_COST, Nodes, Recount, Refused},
     pool::Budget,
     sync::World,
@@ -26,11 +26,15 @@ const LEAST_BUDGET: ByteLen = ByteLen::mib(1);
 /// Frame numbers are 32 bits.
 const MOST_BUDGET: ByteLen = ByteLen::gib(16 << 10);
 /// A smaller store would notice that transparent huge pages are taken 2 MiB at a time.
-const LEAST_FOR_HUGE: ByteLen = ByteLen::mib(256);
+const LEAST_FOR_HUGE: ByteLen = ByteLen::gib(1);
 /// What is taken at opening: the empty index, pools, locks.
 const FIXED: u64 = index::FIXED + 16_384;
-/// What a new unique block takes beside its frame, at most: counts and tag, index, its share of a map.
-const BESIDE_BLOCK: u64 = BESIDE_FRAME + 14 + 5;
+/// What listing one more block in the index takes, at most.
+const LISTING: u64 = 14;
+/// What mapping one more block takes, at most, where blocks come in runs.
+const MAPPING: u64 = 5;
+/// Blocks that a free map node is good for, counting the nodes above it.
+const NODE_MAPS: u64 = 60;
 
 /// The images and volumes of one host, in memory. Cheap to clone: a handle. When the last handle goes, the store is
 /// closed; volumes and images somebody still holds go on until they are let go.
@@ -124,6 +128,46 @@ impl Inner {
             .map_err(|refused| self.refused(refused))?;
         report.bad.sort_unstable();
         Ok(report)
+    }
+}
+
+/// What is left, part by part: memory the store has but does not use counts as well.
+struct Room {
+    free: u64,
+    frames: u64,
+    granule: u64,
+    listings: u64,
+    mappings: u64,
+}
+
+impl Room {
+    fn of(engine: &Engine) -> Room {
+        Room {
+            free: engine.budget.limit().saturating_sub(engine.budget.charged()),
+            frames: engine.frames.pool.stats().kept,
+            granule: u64::from(engine.frames.pool.granule()),
+            listings: engine.frames.index.counts().room,
+            mappings: engine.nodes.pool.stats().kept * NODE_MAPS,
+        }
+    }
+
+    /// Whether this many new unique blocks fit.
+    fn holds(&self, blocks: u64) -> bool {
+        let frames = blocks.saturating_sub(self.frames).next_multiple_of(self.granule);
+        let bytes = frames * (BLOCK as u64 + BESIDE_FRAME)
+            + blocks.saturating_sub(self.listings) * LISTING
+            + blocks.saturating_sub(self.mappings) * MAPPING;
+        bytes <= self.free
+    }
+
+    /// The most new unique blocks that fit.
+    fn blocks(&self) -> u64 {
+        let (mut fit, mut not) = (0, self.frames + self.free / BLOCK as u64 + 1);
+        while not - fit > 1 {
+            let middle = fit + (not - fit) / 2;
+            if self.holds(middle) { fit = middle } else { not = middle }
+        }
+        fit
     }
 }
 
@@ -367,7 +411,7 @@ impl Store {
         let frames = engine.frames.pool.stats();
         let charged = engine.budget.charged();
         let frame_bytes = frames.resident * block;
-        let (_, dedup_hits, dedup_misses) = engine.frames.index.counts();
+        let IndexCounts { hits: dedup_hits, misses: dedup_misses, .. } = engine.frames.index.counts();
         let (zero_blocks, no_space) = engine.world.counts();
         let (maps, logical) = {
             let maps: Vec<Arc<Map>> = inner.books.lock().maps.values().map(Arc::clone).collect();
@@ -389,7 +433,7 @@ impl Store {
             metadata_bytes: ByteLen(charged.saturating_sub(frame_bytes)),
             unique_blocks: frames.used,
             used_bytes: ByteLen(used_bytes),
-            available_bytes: ByteLen(self.available()),
+            available_bytes: ByteLen(Room::of(engine).blocks() * block),
             logical_bytes: ByteLen(logical),
             provisioned_bytes: ByteLen(image_bytes + volume_bytes),
             dedup_ratio: if used_bytes == 0 { 1.0 } else { logical as f64 / used_bytes as f64 },
@@ -404,18 +448,120 @@ impl Store {
         }
     }
 
-    /// Bytes of new unique blocks the budget still holds.
-    fn available(&self) -> u64 {
-        let engine = self.engine();
-        let block = BLOCK as u64;
-        let kept = engine.frames.pool.stats().kept * block;
-        let free = engine.budget.limit().saturating_sub(engine.budget.charged()) + kept;
-        free / (block + BESIDE_BLOCK) * block
-    }
-
     /// Whether this many bytes of blocks the store has never seen fit now, their metadata included. A promise to nobody:
     /// somebody else may write first.
     pub fn would_fit(&self, new_unique: ByteLen) -> bool {
-        new_unique.bytes().next_multiple_of(BLOCK as u64) <= self.available()
+        Room::of(self.engine()).holds(new_unique.bytes().div_ceil(BLOCK as u64))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use muster_block::{BlockDevice, WriteFlags, conformance::Random};
+
+    use super::*;
+
+    fn store(pages: Pages) -> Store {
+        Store::open(StoreConfig { budget: ByteLen::mib(64), pages }).unwrap()
+    }
+
+    fn blank(store: &Store, mib: u64) -> Arc<Volume> {
+        store.create_volume(VolumeSpec::blank(VolumeId::random(), ByteLen::mib(mib))).unwrap()
+    }
+
+    fn fill(volume: &Volume, seed: u64, blocks: u64) {
+        let mut block = [0; BLOCK];
+        for n in 0..blocks {
+            Random(seed << 32 | n).fill(&mut block);
+            volume.write_at(n * BLOCK as u64, &block, WriteFlags::default()).unwrap();
+        }
+    }
+
+    #[test]
+    fn verification_finds_a_flipped_bit() {
+        let store = store(Pages::Small);
+        let volume = blank(&store, 1);
+        fill(&volume, 1, 100);
+        assert_eq!(store.verify_volume(volume.id()).unwrap(), VerifyReport { blocks: 100, bad: vec![] });
+        let mut frame = 0;
+        store
+            .engine()
+            .for_each_block(&volume.disk.map, |block, at| {
+                if block == 70 {
+                    frame = at
+                }
+            })
+            .unwrap();
+        store.engine().frames.flip_a_bit(frame);
+        assert_eq!(store.verify_volume(volume.id()).unwrap(), VerifyReport { blocks: 100, bad: vec![70 * 4096] });
+    }
+
+    #[test]
+    fn a_count_that_sticks_keeps_the_block_and_loses_nothing_else() {
+        let config = StoreConfig { budget: ByteLen::mib(64), pages: Pages::Small };
+        let store = Store::open_with(config, 3).unwrap();
+        let volume = blank(&store, 1);
+        volume.write_at(0, &[9; 1 << 20], WriteFlags::default()).unwrap();
+        assert!(store.audit().is_exact(), "{:?}", store.audit().faults);
+        volume.trim(0, 1 << 20).unwrap();
+        assert_eq!(store.stats().unique_blocks, 1, "the block is kept");
+        volume.write_at(0, &[9; BLOCK], WriteFlags::default()).unwrap();
+        assert_eq!(store.stats().unique_blocks, 1, "and found again");
+        let mut buf = [0; BLOCK];
+        volume.read_at(0, &mut buf).unwrap();
+        assert_eq!(buf, [9; BLOCK]);
+    }
+
+    #[test]
+    fn memory_taken_from_the_machine_is_what_is_reported() {
+        for pages in [Pages::Small, Pages::Transparent] {
+            let store = Store::open(StoreConfig { budget: ByteLen::mib(600), pages }).unwrap();
+            let volume = blank(&store, 256);
+            let check = |what: &str| {
+                let (frames, nodes) = (store.engine().frames.pool.stats(), store.engine().nodes.pool.stats());
+                let beside = u64::from(frames.next) * BESIDE_FRAME + u64::from(nodes.next) * 4;
+                let charged = store.stats().frame_bytes.bytes() + nodes.resident * 256 + beside;
+                let resident = resident(&store);
+                // a huge page charged before it is touched, and the last pages of the tables
+                assert!(
+                    resident <= charged + (64 << 10) && resident + (3 << 20) >= charged,
+                    "{what}, {pages:?} pages: {resident} in smaps, {charged} charged"
+                );
+            };
+            fill(&volume, 7, 256 << 8);
+            check("full");
+            volume.trim(0, 192 << 20).unwrap();
+            check("three quarters trimmed");
+            // of huge pages only whole ones go back, and only when enough is free to look for them
+            let most = if pages == Pages::Small { 64 + 128 + 4 } else { 256 + 4 };
+            assert!(store.stats().frame_bytes <= ByteLen::mib(most), "{:?}", store.stats());
+            store.delete_volume(volume.id()).unwrap();
+            check("deleted");
+            assert_eq!(store.stats().used_bytes, ByteLen::ZERO);
+            store.engine().reclaim();
+            check("reclaimed");
+            assert!(store.stats().resident_bytes < ByteLen::mib(4), "{:?}", store.stats());
+        }
+    }
+
+    /// What /proc/self/smaps says of the store's regions.
+    fn resident(store: &Store) -> u64 {
+        let engine = store.engine();
+        let regions: Vec<_> = engine.frames.regions().into_iter().chain(engine.nodes.regions()).collect();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut inside = false;
+        let mut kib = 0;
+        for line in smaps.lines() {
+            let first = line.split_whitespace().next().unwrap_or("");
+            if let Some((start, end)) = first.split_once('-') {
+                let parse = |text| usize::from_str_radix(text, 16);
+                if let (Ok(start), Ok(end)) = (parse(start), parse(end)) {
+                    inside = regions.iter().any(|region| region.start < end && start < region.end);
+                }
+            } else if inside && first == "Rss:" {
+                kib += line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
+            }
+        }
+        kib << 10
     }
 }

@@ -1,4 +1,5 @@
 //! Volumes as block devices: the suite of muster-block, on every kind of page and every kind of origin.
+#![allow(clippy::unwrap_used)]
 
 use std::sync::Arc;
 

@@ -1,5 +1,6 @@
 //! Any sequence of operations leaves every disk as the obvious model says, every count exact, and one frame for every
 //! different block.
+#![allow(clippy::unwrap_used)]
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -10,7 +11,7 @@ use muster_block::{
 };
 use muster_common::{ByteLen, Digest, VolumeId};
 use muster_store::{Image, Pages, Snapshot, Store, StoreConfig, StoreError, Volume, VolumeSpec};
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::FileFailurePersistence};
 
 /// 24 leaves and a piece: trees of two levels, with stripes that have one leaf and stripes that have two.
 const SIZE: u64 = (6 << 20) + 512;
@@ -276,8 +277,19 @@ fn check_changes(real: &Snapshot, contents: &[u8], older: &Pair<Snapshot>) {
     assert!(contents[at..] == older.origin[at..], "a change after {at} was missed");
 }
 
+/// 24 cases unless `PROPTEST_CASES` says otherwise.
+fn config() -> ProptestConfig {
+    let mut config = ProptestConfig::default();
+    if std::env::var_os("PROPTEST_CASES").is_none() {
+        config.cases = 24;
+    }
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/proptest-regressions/model.txt");
+    config.failure_persistence = Some(Box::new(FileFailurePersistence::Direct(file)));
+    config
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
     #[test]
     fn any_sequence_of_operations_equals_the_model(
         small in any::<bool>(),

@@ -3,6 +3,7 @@
 //!
 //! The oracle keeps eight seeds a block, one for each sector; a sector's bytes follow from its seed. So it takes 1/64 of
 //! the memory of what it checks.
+#![allow(clippy::unwrap_used)]
 
 use std::{
     collections::HashSet,
@@ -176,7 +177,8 @@ pub fn run(plan: &Plan) -> Outcome {
     let blocks = (plan.unique.bytes() as usize / BLOCK / plan.writers).max(64);
     // room for what snapshots and clones hold on to, and for metadata
     let churned = (plan.churn * plan.writers * 10 * BLOCK) as u64;
-    let budget = ByteLen(plan.unique.bytes() + plan.unique.bytes() / 20 + churned.min(plan.unique.bytes()) + (64 << 20));
+    let budget =
+        ByteLen(plan.unique.bytes() + plan.unique.bytes() / 20 + churned.min(plan.unique.bytes()) + (64 << 20));
     let store = Store::open(StoreConfig::new(budget)).unwrap();
     // one disk all writers share, each its own blocks of it (every n-th): they meet in every leaf and every sector
     let shared = store.create_volume(VolumeSpec::blank(VolumeId::random(), ByteLen::mib(16))).unwrap();
@@ -267,7 +269,8 @@ pub fn run(plan: &Plan) -> Outcome {
                 distinct.insert(hash.to_le_bytes());
             }
         };
-        let mut reader = Writer { store: &store, random: Random(0), next_seed: 0, written: &written, buf: vec![0; 64 * BLOCK] };
+        let mut reader =
+            Writer { store: &store, random: Random(0), next_seed: 0, written: &written, buf: vec![0; 64 * BLOCK] };
         let mut compare = |device: &dyn BlockDevice, oracle: &Oracle, what: &str| {
             for first in (0..oracle.0.len()).step_by(64) {
                 let count = 64.min(oracle.0.len() - first);
