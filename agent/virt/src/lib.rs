@@ -29,6 +29,7 @@ mod error;
 mod hypervisor;
 pub mod libvirt;
 mod pool;
+pub mod probe;
 mod screenshot;
 pub mod simulator;
 mod spec;
@@ -38,6 +39,7 @@ mod subscribers;
 pub use error::{HypervisorError, HypervisorErrorKind, Result};
 pub use hypervisor::{Capabilities, Hypervisor, HypervisorInfo, HypervisorKind, ShutdownMode};
 pub use pool::{Lane, Pool, PoolConfig};
+pub use probe::{KvmProbe, probe_kvm};
 pub use screenshot::Screenshot;
 pub use spec::{Accel, Boot, Console, DiskSpec, DomainSpec, NicSpec};
 pub use state::{

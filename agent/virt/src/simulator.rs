@@ -783,8 +783,8 @@ impl Hypervisor for Simulator {
 
     fn guest_ping(&self, vm: VmId, _timeout: Duration) -> Result<bool> {
         let mut state = self.inner.enter(vm);
-        Ok(active(&mut state, vm, "ping the guest agent of")
-            .map(|guest| guest.agent && guest.state == DomainState::Running)?)
+        let guest = active(&mut state, vm, "ping the guest agent of")?;
+        Ok(guest.agent && guest.state == DomainState::Running)
     }
 
     fn guest_exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecResult> {

@@ -109,7 +109,7 @@ impl DomainSpec {
             console: Console::None,
             nics: Vec::new(),
             guest_agent: true,
-            root_ports: 8,
+            root_ports: 4,
         }
     }
 }

@@ -1,5 +1,8 @@
 //! Real guests under the embedded driver and TCG. One test does it all: a process can open one embedded root only.
 
+// helpers of tests may panic like the tests
+#![allow(clippy::unwrap_used)]
+
 mod guest;
 
 use std::fs;

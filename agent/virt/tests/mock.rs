@@ -1,5 +1,8 @@
 //! libvirt's mock driver.
 
+// helpers of tests may panic like the tests
+#![allow(clippy::unwrap_used)]
+
 use muster_common::id::VmId;
 use muster_common::units::ByteLen;
 use muster_virt::{Accel, Boot, DomainSpec, conformance};

@@ -1,5 +1,8 @@
 //! The call pool: deadlines, order, stuck calls. A hanging monitor is the simulator's `CallsHang`, released at the end.
 
+// helpers of tests may panic like the tests
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -1,5 +1,8 @@
 //! The simulator: conformance on a virtual clock, fleets, faults, repeatability.
 
+// helpers of tests may panic like the tests
+#![allow(clippy::unwrap_used)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

@@ -160,9 +160,9 @@ mod tests {
 
     use super::*;
 
-    fn scripted(
-        answers: Vec<Value>,
-    ) -> (impl Fn(&Value, Duration) -> Result<Value>, std::rc::Rc<RefCell<Vec<String>>>) {
+    type Log = std::rc::Rc<RefCell<Vec<String>>>;
+
+    fn scripted(answers: Vec<Value>) -> (impl Fn(&Value, Duration) -> Result<Value>, Log) {
         let log = std::rc::Rc::new(RefCell::new(Vec::new()));
         let seen = log.clone();
         let answers = RefCell::new(answers.into_iter());

@@ -305,3 +305,124 @@ fn render_disk(x: &mut String, disk: &DiskSpec, boot: bool) -> std::fmt::Result 
     }
     writeln!(x, "    </disk>")
 }
+
+#[cfg(test)]
+mod tests {
+    use muster_common::units::ByteLen;
+
+    use super::*;
+    use crate::spec::NicSpec;
+
+    fn vm() -> VmId {
+        "0b5c7a3e-9d21-4c6f-8a10-5e3d2c1b0a99".parse().unwrap()
+    }
+
+    fn direct() -> Boot {
+        Boot::Direct {
+            kernel: "/boot/vmlinux".into(),
+            initrd: Some("/boot/initrd".into()),
+            cmdline: "root=/dev/vda rw console=ttyS0 quiet".into(),
+        }
+    }
+
+    fn disk(target: &str, generation: u32, read_only: bool) -> DiskSpec {
+        DiskSpec {
+            target: target.into(),
+            export_socket: "/run/muster/nbd".into(),
+            export_name: format!("2f1a6c1e-0000-4000-8000-00000000000{generation}.{generation}"),
+            read_only,
+            serial: Some(format!("muster.{generation}")),
+        }
+    }
+
+    /// Everything at once.
+    fn desktop() -> DomainSpec {
+        let mut spec = DomainSpec::new(vm(), "lab1-01", ByteLen::mib(512), direct(), Accel::Tcg);
+        (spec.vcpus, spec.max_vcpus) = (2, 4);
+        spec.disks = vec![disk("vda", 1, false), disk("vdb", 2, true)];
+        spec.vnc_socket = Some("/run/muster/lab1-01.vnc".into());
+        spec.console =
+            Console::Socket { path: "/run/muster/lab1-01.con".into(), log: Some("/var/log/lab1-01.log".into()) };
+        spec.nics = vec![
+            NicSpec { bridge: "br0".into(), mac: None },
+            NicSpec { bridge: "br1".into(), mac: Some("52:54:00:12:34:56".into()) },
+        ];
+        spec
+    }
+
+    #[test]
+    fn a_desktop_with_everything() {
+        insta::assert_snapshot!(domain_xml(&desktop(), Flavour::Qemu).unwrap());
+    }
+
+    #[test]
+    fn a_small_machine_that_boots_from_its_disk_under_kvm() {
+        let mut spec = DomainSpec::new(vm(), "small", ByteLen::gib(1), Boot::Disk, Accel::Kvm);
+        spec.disks = vec![disk("vda", 1, false)];
+        spec.console = Console::Pty { log: None };
+        spec.guest_agent = false;
+        insta::assert_snapshot!(domain_xml(&spec, Flavour::Qemu).unwrap());
+    }
+
+    #[test]
+    fn a_machine_of_the_mock() {
+        insta::assert_snapshot!(domain_xml(&desktop(), Flavour::Test).unwrap());
+    }
+
+    #[test]
+    fn nothing_a_user_writes_becomes_markup() {
+        let evil = "'/><evil a=\"&amp;\"></name>";
+        let mut spec = desktop();
+        spec.name = evil.replace('/', "|");
+        spec.boot = Boot::Direct {
+            kernel: format!("/k{evil}").into(),
+            initrd: Some(format!("/i{evil}").into()),
+            cmdline: evil.into(),
+        };
+        spec.vnc_socket = Some(format!("/v{evil}").into());
+        spec.console = Console::Socket { path: format!("/c{evil}").into(), log: Some(format!("/l{evil}").into()) };
+        spec.disks[0].export_socket = format!("/s{evil}").into();
+        let xml = domain_xml(&spec, Flavour::Qemu).unwrap();
+        assert!(!xml.contains("<evil") && !xml.contains("\"&amp;\""), "{xml}");
+        assert_eq!(xml.matches("&lt;evil a=&quot;&amp;amp;&quot;&gt;").count(), 8, "{xml}");
+    }
+
+    #[test]
+    fn what_libvirt_or_the_kernel_cannot_take_is_refused_with_a_reason() {
+        type Spoil = fn(&mut DomainSpec);
+        let cases: &[(&str, Spoil)] = &[
+            ("name", |s| s.name = "a/b".into()),
+            ("name", |s| s.name = "  ".into()),
+            ("name", |s| s.name = "a\nb".into()),
+            ("name", |s| s.name = ".hidden".into()),
+            ("name", |s| s.name = "x".repeat(129)),
+            ("processors", |s| s.vcpus = 0),
+            ("processors", |s| s.max_vcpus = 1),
+            ("memory", |s| s.memory = ByteLen(4096)),
+            ("machine", |s| s.machine = "q35'".into()),
+            ("kernel", |s| s.boot = Boot::Direct { kernel: "k".into(), initrd: None, cmdline: String::new() }),
+            ("command line", |s| s.boot = Boot::Direct { kernel: "/k".into(), initrd: None, cmdline: "a\0b".into() }),
+            ("without a disk", |s| {
+                s.boot = Boot::Disk;
+                s.disks.clear();
+            }),
+            ("target", |s| s.disks[0].target = "sda".into()),
+            ("twice", |s| s.disks[1].target = "vda".into()),
+            ("export name", |s| s.disks[0].export_name = "a b".into()),
+            ("export socket", |s| s.disks[0].export_socket = "relative".into()),
+            ("socket", |s| s.vnc_socket = Some(format!("/{}", "x".repeat(107)).into())),
+            ("serial", |s| s.disks[0].serial = Some("x".repeat(21))),
+            ("console", |s| s.console = Console::Pty { log: Some("log".into()) }),
+            ("bridge", |s| s.nics[0].bridge = "a-name-that-is-too-long".into()),
+            ("hardware address", |s| s.nics[1].mac = Some("01:00:5e:00:00:01".into())),
+            ("hardware address", |s| s.nics[1].mac = Some("52:54:00:12:34".into())),
+        ];
+        for (word, spoil) in cases {
+            let mut spec = desktop();
+            spoil(&mut spec);
+            let error = domain_xml(&spec, Flavour::Qemu).unwrap_err();
+            assert_eq!(error.kind(), HypervisorErrorKind::InvalidSpec);
+            assert!(error.context().contains(word), "{word}: {}", error.context());
+        }
+    }
+}
