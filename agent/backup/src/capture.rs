@@ -4,9 +4,7 @@ use muster_block::BlockDevice;
 use muster_common::{ByteLen, HostId, VmId, VolumeId};
 use muster_repository::{IngestOptions, RepositoryError};
 
-use crate::{
-    BackedVm, BackedVolume, BackupError, BackupId, BackupRecord, Backups, DeviceSource, OnProgress, Progress,
-};
+use crate::{BackedVm, BackedVolume, BackupError, BackupId, BackupRecord, Backups, DeviceSource, OnProgress, Progress};
 
 /// One volume to capture.
 #[derive(Clone)]

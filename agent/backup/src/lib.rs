@@ -129,8 +129,7 @@ impl Backups {
 
     fn read_record(&self, name: &str) -> Result<BackupRecord, BackupError> {
         let reference = self.repository.reference(name)?;
-        BackupRecord::parse(&reference.payload)
-            .map_err(|source| BackupError::Record { name: name.to_string(), source })
+        BackupRecord::parse(&reference.payload).map_err(|source| BackupError::Record { name: name.to_string(), source })
     }
 
     /// Reads everything a backup holds. Bad chunks are in the reports.

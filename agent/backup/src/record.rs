@@ -130,7 +130,8 @@ impl BackupRecord {
         self.volumes.iter().filter(move |v| v.vm == Some(vm))
     }
 
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
+    /// The record's bytes.
+    pub fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
         let mut bytes = vec![0; HEADER_LEN];
         bytes[..8].copy_from_slice(MAGIC);
         bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());

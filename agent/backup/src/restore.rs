@@ -68,10 +68,8 @@ impl Backups {
             failure.lock().get_or_insert(e);
         };
         let copy = |chunk: &ChunkRef| {
-            let bytes = self
-                .repository
-                .read_chunk(&chunk.digest)
-                .map_err(|source| BackupError::Read { volume, source })?;
+            let bytes =
+                self.repository.read_chunk(&chunk.digest).map_err(|source| BackupError::Read { volume, source })?;
             if bytes.len() != chunk.len {
                 return Err(BackupError::ChunksMissing { volume, missing: 1 });
             }

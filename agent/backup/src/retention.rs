@@ -112,8 +112,7 @@ pub fn plan_records(records: &[BackupRecord], policy: &Policy) -> Verdict {
             kept.dedup();
         }
     }
-    let mut dated: Vec<Dated> =
-        records.iter().map(|r| Dated { created_at_us: r.created_at_us, id: r.id }).collect();
+    let mut dated: Vec<Dated> = records.iter().map(|r| Dated { created_at_us: r.created_at_us, id: r.id }).collect();
     dated.sort_unstable();
     dated.dedup();
     all.remove = dated.iter().map(|d| d.id).filter(|id| !all.keep.contains_key(id)).collect();
@@ -130,4 +129,110 @@ fn month_of(day: u64) -> u64 {
     let month_from_march = (5 * day_of_year + 2) / 153;
     // months counted from March of year 0: a month is a period of its own, whatever the first one is called
     (era * 400 + year_of_era) * 12 + month_from_march
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn id(n: usize) -> BackupId {
+        BackupId::from_uuid(Uuid::from_u128(n as u128))
+    }
+
+    /// Calendar date of a day since 1970, counted day by day.
+    fn slow_date(day: u64) -> (u64, u64) {
+        let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
+        let (mut year, mut month, mut left) = (1970, 1, day);
+        loop {
+            let days = match month {
+                2 => 28 + u64::from(leap(year)),
+                4 | 6 | 9 | 11 => 30,
+                _ => 31,
+            };
+            if left < days {
+                return (year, month);
+            }
+            left -= days;
+            month += 1;
+            if month == 13 {
+                (year, month) = (year + 1, 1);
+            }
+        }
+    }
+
+    #[test]
+    fn months_begin_and_end_where_the_calendar_says() {
+        let mut previous = month_of(0);
+        for day in 1..80 * 366 {
+            let changes = slow_date(day) != slow_date(day - 1);
+            let now = month_of(day);
+            assert_eq!(now, previous + u64::from(changes), "day {day}");
+            previous = now;
+        }
+    }
+
+    #[test]
+    fn weeks_begin_on_monday() {
+        // 2026-11-22 is a Sunday, the next day a Monday
+        let sunday = 1_795_305_600_000_000 / DAY_US;
+        let week = |day: u64| (day + 3) / 7;
+        assert_eq!(week(sunday), week(sunday - 6));
+        assert_eq!(week(sunday + 1), week(sunday) + 1);
+    }
+
+    /// The slow oracle: each rule asked of each backup, by counting.
+    fn oracle(all: &[Dated], policy: &Policy) -> BTreeSet<BackupId> {
+        type Key = fn(u64) -> (u64, u64);
+        let rules: [(u32, Key); 4] = [
+            (policy.hourly, |t| (t / HOUR_US, 0)),
+            (policy.daily, |t| (t / DAY_US, 0)),
+            (policy.weekly, |t| ((t / DAY_US + 3) / 7, 0)),
+            (policy.monthly, |t| slow_date(t / DAY_US)),
+        ];
+        let mut kept = BTreeSet::new();
+        for one in all {
+            let newer = all.iter().filter(|other| *other > one);
+            let rank = newer.clone().count();
+            let mut keep = rank == 0 || rank < policy.last as usize;
+            for (count, key) in rules {
+                let mine = key(one.created_at_us);
+                let newest_of_mine = newer.clone().all(|o| key(o.created_at_us) != mine);
+                let later: BTreeSet<_> = newer.clone().map(|o| key(o.created_at_us)).collect();
+                keep |= newest_of_mine && later.len() < count as usize;
+            }
+            if keep {
+                kept.insert(one.id);
+            }
+        }
+        kept
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+        #[test]
+        fn the_planner_agrees_with_the_slow_oracle(
+            hours in proptest::collection::vec(400_000u64..420_000, 0..60),
+            minutes in 0u64..60,
+            last in 0u32..5, hourly in 0u32..5, daily in 0u32..8, weekly in 0u32..5, monthly in 0u32..5,
+        ) {
+            let all: Vec<Dated> = hours
+                .iter()
+                .enumerate()
+                .map(|(n, h)| Dated { created_at_us: h * HOUR_US + minutes * 60_000_000 + n as u64 % 2, id: id(n) })
+                .collect();
+            let policy = Policy { last, hourly, daily, weekly, monthly };
+            let verdict = plan(&all, &policy);
+            let kept: BTreeSet<BackupId> = verdict.keep.keys().copied().collect();
+            prop_assert_eq!(&kept, &oracle(&all, &policy));
+            let removed: BTreeSet<BackupId> = verdict.remove.iter().copied().collect();
+            prop_assert_eq!(removed.len() + kept.len(), all.len());
+            prop_assert!(removed.is_disjoint(&kept));
+            // what is kept today is kept when asked again over what is left
+            let left: Vec<Dated> = all.iter().filter(|b| kept.contains(&b.id)).copied().collect();
+            prop_assert!(plan(&left, &policy).remove.is_empty());
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::{
 };
 
 use muster_common::{ByteLen, Digest};
+use parking_lot::Mutex;
 
 use crate::{
     CHUNK_SIZE,
@@ -100,16 +101,19 @@ impl Session {
         }
         let repository = self.repository.clone();
         let id = self.id;
+        let spare = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             // no place in the channel: one pack is written while the next one is filled, no third one waits in memory
             let (send, receive): (SyncSender<SealedPack>, Receiver<SealedPack>) = sync_channel(0);
+            let spare = &spare;
             let writer = scope.spawn(move || {
                 while let Ok(sealed) = receive.recv() {
-                    repository.inner.store_pack(Some(id), sealed)?;
+                    let memory = repository.inner.store_pack(Some(id), sealed)?;
+                    *spare.lock() = memory;
                 }
                 Ok::<(), RepositoryError>(())
             });
-            let scanned = self.scan_into(source, options, progress, &send);
+            let scanned = self.scan_into(source, options, progress, &send, spare);
             drop(send);
             // the writer's error is the cause when it stopped first
             match writer.join() {
@@ -126,6 +130,7 @@ impl Session {
         options: &IngestOptions,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
         packs: &SyncSender<SealedPack>,
+        spare: &Mutex<Vec<u8>>,
     ) -> Result<Ingested, RepositoryError> {
         let size = source.size();
         let mut blocks = options.estimate.then(BlockSet::new);
@@ -140,8 +145,11 @@ impl Session {
                 if self.pending.contains(digest) || self.repository.inner.find_and_pin(self.id, digest) {
                     continue;
                 }
-                if self.pack.is_full() && packs.send(self.pack.seal()).is_err() {
-                    return Err(RepositoryError::Cancelled); // the writer failed; its own error is reported
+                if self.pack.is_full() {
+                    let sealed = self.pack.seal_reusing(std::mem::take(&mut *spare.lock()));
+                    if packs.send(sealed).is_err() {
+                        return Err(RepositoryError::Cancelled); // the writer failed; its own error is reported
+                    }
                 }
                 self.pack.push(*digest, &unit.bytes[range.clone()]);
                 self.pending.insert(*digest);

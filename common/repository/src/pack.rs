@@ -54,6 +54,9 @@ pub(crate) const MAX_PACK: u64 = 64 << 20;
 /// Where a writer closes a pack. Half of the allowed: one pack is filled while another is written, and both are in memory.
 pub(crate) const TARGET: usize = 32 << 20;
 
+/// Room for index and footer of a pack of whole chunks.
+const INDEX_ROOM: usize = TARGET / CHUNK_SIZE * entry::LEN + footer::LEN;
+
 /// Where one chunk stands in a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
@@ -75,8 +78,15 @@ pub(crate) struct SealedPack {
 }
 
 impl PackBuilder {
+    /// An empty pack; takes memory with the first chunk.
     pub fn new() -> Self {
-        let mut bytes = vec![0; header::LEN];
+        Self::reusing(Vec::new())
+    }
+
+    /// An empty pack in the memory of an earlier one: fresh pages cost more than the copy into them.
+    pub fn reusing(mut bytes: Vec<u8>) -> Self {
+        bytes.clear();
+        bytes.resize(header::LEN, 0);
         put(&mut bytes, header::MAGIC, MAGIC);
         put(&mut bytes, header::VERSION, &VERSION.to_le_bytes());
         Self { bytes, entries: Vec::new() }
@@ -94,13 +104,22 @@ impl PackBuilder {
     /// Appends a chunk of at most [`CHUNK_SIZE`] bytes; the caller looks at [`PackBuilder::is_full`] before.
     pub fn push(&mut self, digest: Digest, chunk: &[u8]) {
         debug_assert!(chunk.len() <= CHUNK_SIZE && !self.is_full());
+        if self.entries.is_empty() {
+            // once, so that a growing pack is not copied; pages are taken as they are filled
+            self.bytes.reserve_exact(TARGET + INDEX_ROOM - self.bytes.len());
+        }
         self.entries.push(Entry { digest, offset: self.bytes.len() as u32, len: chunk.len() as u32 });
         self.bytes.extend_from_slice(chunk);
     }
 
     /// Adds index and footer; leaves an empty builder behind.
     pub fn seal(&mut self) -> SealedPack {
-        let PackBuilder { mut bytes, entries } = std::mem::replace(self, Self::new());
+        self.seal_reusing(Vec::new())
+    }
+
+    /// As [`PackBuilder::seal`]; the empty builder uses the memory of an earlier pack.
+    pub fn seal_reusing(&mut self, spare: Vec<u8>) -> SealedPack {
+        let PackBuilder { mut bytes, entries } = std::mem::replace(self, Self::reusing(spare));
         let index_offset = bytes.len();
         for e in &entries {
             bytes.extend_from_slice(e.digest.as_bytes());

@@ -434,8 +434,8 @@ impl Inner {
         }
     }
 
-    /// Stores a pack and makes its chunks known.
-    pub fn store_pack(&self, session: Option<u64>, sealed: pack::SealedPack) -> Result<(), StorageError> {
+    /// Stores a pack and makes its chunks known. Gives the pack's memory back.
+    pub fn store_pack(&self, session: Option<u64>, sealed: pack::SealedPack) -> Result<Vec<u8>, StorageError> {
         // time-ordered names: a later pack is read later at open; never reused, so a delete cannot hit a new pack
         let key: Arc<str> = format!("packs/{}", uuid::Uuid::now_v7().simple()).into();
         self.storage.put(&key, &sealed.bytes)?;
@@ -444,7 +444,7 @@ impl Inner {
         if let Some(packs) = session.and_then(|s| self.pins.lock().sessions.get_mut(&s).map(|p| p.insert(number))) {
             debug_assert!(packs, "a pack number is new");
         }
-        Ok(())
+        Ok(sealed.bytes)
     }
 
     /// Reads one copy and compares it with its name.
