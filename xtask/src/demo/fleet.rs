@@ -70,7 +70,7 @@ impl<'a> Fleet<'a> {
 
     /// Makes machines and starts the programs.
     pub fn create(&self) -> Result<String> {
-        let bin = self.context.target.join("demo");
+        let bin = self.context.target.join("release");
         let programs: Vec<PathBuf> =
             ["muster", "muster-controller", "muster-agent"].iter().map(|name| bin.join(name)).collect();
         match &self.place {

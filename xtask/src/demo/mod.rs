@@ -44,18 +44,7 @@ pub fn up(context: &Context) -> Result<()> {
     context.step("build (some minutes the first time)", || {
         context
             .cargo()
-            .args([
-                "build",
-                "--locked",
-                "--profile",
-                "demo",
-                "-p",
-                "muster",
-                "-p",
-                "muster-controller",
-                "-p",
-                "muster-agent",
-            ])
+            .args(["build", "--locked", "--release", "-p", "muster", "-p", "muster-controller", "-p", "muster-agent"])
             .run()?;
         Ok(String::new())
     })?;
@@ -101,7 +90,7 @@ pub fn status(context: &Context) -> Result<()> {
 }
 
 fn print_hints(context: &Context, fleet: &Fleet<'_>) {
-    let picture = context.target.join("demo/desktop.png");
+    let picture = context.target.join("xtask/desktop.png");
     println!("\nGo on with it:");
     println!("  export MUSTER_CONNECT={} PATH={}:$PATH", fleet.socket().display(), fleet.dir().join("bin").display());
     println!("  muster vm power-on school/lab1; muster top; muster vm console lab1-1   (leave with Ctrl-])");

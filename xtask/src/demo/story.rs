@@ -20,6 +20,22 @@ const DATA_SIZE: &str = "128MiB";
 /// Six guests on two cores under emulation take half a minute; a loaded machine three times that.
 const GUEST_LIMIT: Duration = Duration::from_secs(150);
 
+/// One line for each QEMU process (`qemu`) and each file on a disk or block device it has open. What lies in `a` is on a
+/// tmpfs: logs, sockets, boot files.
+const OPEN_FILES: &str = r#"
+for p in /proc/[0-9]*; do
+  case $(readlink $p/exe) in */qemu-system-*) ;; *) continue ;; esac
+  echo qemu
+  for f in $p/fd/*; do
+    t=$(readlink $f) || continue
+    case $t in
+      /run/muster/a/*|/dev/null|/dev/kvm|/dev/vhost-net|/dev/net/tun|/dev/urandom|/dev/random|/memfd:*|/dev/shm/*) ;;
+      /*) echo "$t" ;;
+    esac
+  done
+done
+"#;
+
 struct Story<'a> {
     context: &'a Context,
     fleet: &'a Fleet<'a>,
@@ -186,14 +202,31 @@ impl Story<'_> {
         }
         self.fleet.show(&["vm", "ls", "school"])?;
         if real {
-            let picture = self.context.target.join("demo/desktop.png");
+            let picture = self.context.target.join("xtask/desktop.png");
             // the guest agent is up a moment before the screen has its banner
             std::thread::sleep(Duration::from_secs(2));
             self.fleet.show(&["vm", "screenshot", "lab1-1", "--to", &picture.display().to_string()])?;
         }
         let reads = self.guest_reads()?;
         println!("\n  reads of a file or block device for a guest through all the boots: {reads}");
+        self.open_files()?;
         ensure!(reads == 0, "the hosts read {reads} times from a file or block device to serve guests");
+        Ok(())
+    }
+
+    /// The kernel's word, beside the agents' own: what the virtual machines have open.
+    fn open_files(&self) -> Result<()> {
+        let Place::World(world) = &self.fleet.place else { return Ok(()) };
+        let mut machines = 0;
+        let mut files = Vec::new();
+        for host in HOSTS {
+            let text = world.read_in(host, OPEN_FILES)?;
+            let (qemu, others): (Vec<&str>, Vec<&str>) = text.lines().partition(|line| *line == "qemu");
+            machines += qemu.len();
+            files.extend(others.into_iter().map(str::to_owned));
+        }
+        println!("  files on a disk or block devices that the {machines} QEMU processes have open: {}", files.len());
+        ensure!(files.is_empty(), "QEMU has open: {}", files.join(" "));
         Ok(())
     }
 

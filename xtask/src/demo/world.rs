@@ -45,12 +45,14 @@ name=$1 demo=$2 checkout=$3 target=$4
 mount -t proc proc /proc
 hostname "$name"
 mount -t tmpfs -o mode=755 run /run
-mount -t tmpfs -o mode=1777 tmp /tmp
-mount -t tmpfs -o mode=1777 shm /dev/shm
 mkdir -p /run/muster/bin /run/muster/state /run/muster/ctl
 mount --bind "$demo/$name/state" /run/muster/state
 mount --bind "$demo/$name/ctl" /run/muster/ctl
 mount --bind "$demo/bin" /run/muster/bin
+mount -t tmpfs -o mode=1777 tmp /tmp
+mount -t tmpfs -o mode=1777 shm /dev/shm
+printf '127.0.0.1 localhost\n127.0.1.1 %s\n' "$name" >/run/muster/hosts
+mount --bind /run/muster/hosts /etc/hosts
 cd /
 # the images, the other machines' folders and the sources are out of sight from here on
 for hidden in "$demo" "$checkout" "$target"; do
@@ -190,6 +192,28 @@ impl<'a> World<'a> {
 
     pub fn is_up(&self) -> bool {
         NODES.iter().all(|(node, _)| self.holder(node).is_some())
+    }
+
+    /// What a shell script prints inside a machine.
+    pub fn read_in(&self, node: &str, script: &str) -> Result<String> {
+        let holder = self.holder(node).with_context(|| format!("machine {node} is not up"))?;
+        self.context
+            .command("nsenter")
+            .args([
+                "--target",
+                &holder.to_string(),
+                "--mount",
+                "--uts",
+                "--ipc",
+                "--net",
+                "--pid",
+                "--",
+                "sh",
+                "-c",
+                script,
+            ])
+            .dir(Path::new("/"))
+            .read()
     }
 
     /// Starts a program inside a machine that goes on when we end.
