@@ -16,6 +16,8 @@
 #![forbid(unsafe_code)]
 
 pub mod arguments;
+#[cfg(feature = "samples")]
+pub mod samples;
 pub mod topics;
 pub mod v1;
 
