@@ -1,0 +1,211 @@
+//! Boot of 1 and of 6 real guests: from the memory-resident store over NBD, against qcow2 overlays on disk
+//! (cache=none, so every read is the disk's). One run, the two interleaved, median of the rounds.
+//!
+//!     cargo bench -p muster-tests --bench boot [-- ROUNDS]
+//!
+//! Prints a Markdown table: time from the start of QEMU until the guest agent of the first and of the last guest
+//! answers, and the bytes QEMU read from a block device meanwhile. Under TCG the processor hides most of what the disk
+//! costs; the disk bytes show it.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use muster_common::{ByteLen, Digest, VolumeId};
+use muster_export::{NbdConfig, NbdServer, Registry};
+use muster_store::{Store, StoreConfig, VolumeSpec};
+use muster_tests::{Process, source_root};
+
+/// No guest takes longer than this on two cores, six at once.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Source {
+    Store,
+    Qcow2,
+}
+
+struct Round {
+    first: Duration,
+    last: Duration,
+    disk_bytes: u64,
+}
+
+fn main() -> Result<()> {
+    let rounds = std::env::args().skip(1).find_map(|a| a.parse().ok()).unwrap_or(3);
+    let guest = source_root().join("target/guest");
+    let image = guest.join("debian.raw");
+    ensure!(image.exists(), "{} is missing: run cargo xtask guest", image.display());
+    let dir = tempfile::tempdir()?;
+
+    let store = Store::open(StoreConfig::new(ByteLen::gib(2)))?;
+    let digest = load(&store, &image)?;
+    let registry = Arc::new(Registry::new());
+    let socket = dir.path().join("nbd.sock");
+    let server = NbdServer::start(NbdConfig::unix(&socket), registry.clone())?;
+
+    println!("| guests | disk | first up, s | last up, s | read from disk |");
+    println!("|---|---|---|---|---|");
+    for guests in [1, 6] {
+        let mut results = [(Source::Store, Vec::new()), (Source::Qcow2, Vec::new())];
+        for _ in 0..rounds {
+            for (source, rounds) in &mut results {
+                rounds.push(round(*source, guests, &guest, dir.path(), &store, digest, &registry, &socket)?);
+            }
+        }
+        for (source, mut rounds) in results {
+            rounds.sort_by_key(|r| r.last);
+            let middle = &rounds[rounds.len() / 2];
+            println!(
+                "| {guests} | {} | {:.1} | {:.1} | {} |",
+                match source {
+                    Source::Store => "memory-resident store, NBD",
+                    Source::Qcow2 => "qcow2 overlay on disk, cache=none",
+                },
+                middle.first.as_secs_f64(),
+                middle.last.as_secs_f64(),
+                ByteLen(middle.disk_bytes)
+            );
+        }
+    }
+    server.stop();
+    Ok(())
+}
+
+/// Fills the store with a raw image. Its digest is that of the file: enough to name it here.
+fn load(store: &Store, image: &Path) -> Result<Digest> {
+    let bytes = fs::read(image)?;
+    let digest = Digest::from_bytes([7; 32]);
+    let builder = store.image_builder(digest, "debian", ByteLen(bytes.len() as u64))?;
+    for (i, chunk) in bytes.chunks(1 << 20).enumerate() {
+        builder.write_chunk((i as u64) << 20, chunk)?;
+    }
+    builder.finish()?;
+    Ok(digest)
+}
+
+#[allow(clippy::too_many_arguments, reason = "a bench's one function that knows everything")]
+fn round(
+    source: Source,
+    guests: usize,
+    guest: &Path,
+    dir: &Path,
+    store: &Store,
+    image: Digest,
+    registry: &Registry,
+    socket: &Path,
+) -> Result<Round> {
+    let mut volumes = Vec::new();
+    let mut running = Vec::new();
+    let started = Instant::now();
+    for n in 0..guests {
+        let disk = match source {
+            Source::Store => {
+                let id = VolumeId::random();
+                let name = format!("{id}.0");
+                registry.add(&name, store.create_volume(VolumeSpec::clone_of(id, image))?)?;
+                let options = format!(
+                    "driver=raw,node-name=disk,cache.direct=on,file.driver=nbd,file.server.type=unix,file.server.path={},file.export={name}",
+                    socket.display()
+                );
+                volumes.push((id, name));
+                options
+            }
+            Source::Qcow2 => {
+                let overlay = dir.join(format!("overlay{n}.qcow2"));
+                let made = Command::new("qemu-img")
+                    .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+                    .args([&guest.join("debian.raw"), &overlay])
+                    .status()?;
+                ensure!(made.success(), "qemu-img create failed");
+                format!(
+                    "driver=qcow2,node-name=disk,cache.direct=on,file.driver=file,file.cache.direct=on,file.filename={}",
+                    overlay.display()
+                )
+            }
+        };
+        running.push(start(guest, dir, n, &disk)?);
+    }
+    let mut up = Vec::new();
+    let mut waiting: Vec<usize> = (0..guests).collect();
+    while !waiting.is_empty() {
+        ensure!(started.elapsed() < DEADLINE, "guests {waiting:?} did not come up within {DEADLINE:?}");
+        waiting.retain(|n| {
+            let answers = agent_answers(&agent_socket(dir, *n));
+            if answers {
+                up.push(started.elapsed());
+            }
+            !answers
+        });
+    }
+    let mut disk_bytes = 0;
+    for process in &running {
+        disk_bytes += read_bytes(process.id())?;
+    }
+    drop(running);
+    for (id, name) in volumes {
+        registry.remove(&name, Duration::from_secs(5))?;
+        store.delete_volume(id)?;
+    }
+    Ok(Round { first: up[0], last: up[up.len() - 1], disk_bytes })
+}
+
+fn agent_socket(dir: &Path, n: usize) -> PathBuf {
+    dir.join(format!("agent{n}.sock"))
+}
+
+fn start(guest: &Path, dir: &Path, n: usize, disk: &str) -> Result<Process> {
+    let socket = agent_socket(dir, n);
+    let _ = fs::remove_file(&socket);
+    let cmdline = fs::read_to_string(guest.join("cmdline"))?;
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args([
+            "-machine",
+            "q35,accel=tcg",
+            "-cpu",
+            "max",
+            "-m",
+            "256",
+            "-display",
+            "none",
+            "-nodefaults",
+            "-no-user-config",
+        ])
+        .args(["-serial", "null", "-monitor", "none", "-blockdev", disk, "-device", "virtio-blk-pci,drive=disk"])
+        .arg("-kernel")
+        .arg(guest.join("vmlinuz"))
+        .arg("-initrd")
+        .arg(guest.join("initramfs"))
+        .args(["-append", cmdline.trim(), "-device", "virtio-serial"])
+        .arg("-chardev")
+        .arg(format!("socket,id=agent,server=on,wait=off,path={}", socket.display()))
+        .args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    Process::spawn(&mut command).context("start qemu-system-x86_64")
+}
+
+/// One `guest-ping`, answered within a quarter of a second.
+fn agent_answers(socket: &Path) -> bool {
+    let Ok(mut stream) = UnixStream::connect(socket) else { return false };
+    let asked = stream
+        .set_read_timeout(Some(Duration::from_millis(250)))
+        .and_then(|()| stream.write_all(b"{\"execute\":\"guest-ping\"}\n"));
+    let mut line = String::new();
+    asked.is_ok() && BufReader::new(stream).read_line(&mut line).is_ok_and(|n| n > 0) && line.contains("return")
+}
+
+/// Bytes a process has caused to be read from block devices (proc(5), /proc/pid/io).
+fn read_bytes(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/io"))?;
+    let line = text.lines().find_map(|l| l.strip_prefix("read_bytes: ")).context("read_bytes in /proc/pid/io")?;
+    Ok(line.trim().parse()?)
+}
