@@ -151,6 +151,10 @@ impl Suite<'_> {
     /// Waits for an answering agent of a guest that booted anew: the marker file of the former boot is gone.
     fn wait_new_boot(&self) -> Checked {
         self.wait("a fresh boot", self.options.boot, || {
+            // a short question first: one that the old boot took to its grave is waited for until its own limit
+            if !self.ok("guest_ping", self.hypervisor.guest_ping(self.vm, Duration::from_secs(2)))? {
+                return Ok(false);
+            }
             match self.hypervisor.guest_read_file(self.vm, MARKER, MARKER_LIMIT) {
                 Ok(_) => Ok(false),
                 Err(e) => Ok(e.kind() == HypervisorErrorKind::GuestFailed),

@@ -18,6 +18,9 @@
 //! own locks order calls for one domain; here only the pool's queue, the subscriber list and the simulator's state have
 //! a lock, each a leaf.
 //!
+//! libvirt writes warnings about each domain to stderr on its own. Programs that mind start with
+//! `LIBVIRT_LOG_FILTERS="4:qemu 4:security"` in their environment (libvirt reads it once, there is no call for it).
+//!
 //! What it does not do: create volumes or exports, decide retries, remember specifications (libvirt keeps the
 //! definition, the agent the intention), cancel a libvirt call (nobody can).
 

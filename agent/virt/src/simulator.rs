@@ -640,7 +640,7 @@ impl Hypervisor for Simulator {
 
     fn define(&self, spec: &DomainSpec) -> Result<()> {
         // the same refusals as with the real one
-        xml::domain_xml(spec, xml::Flavour::Qemu)?;
+        xml::domain_xml(spec, xml::Flavour::Qemu { agent_sockets: None })?;
         let mut state = self.inner.enter(spec.vm);
         if state.guests.values().any(|guest| guest.spec.name == spec.name && guest.spec.vm != spec.vm) {
             return Err(HypervisorError::new(

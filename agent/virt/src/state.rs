@@ -159,7 +159,8 @@ pub enum HypervisorEvent {
     Rebooted {
         vm: VmId,
     },
-    /// A disk failed; with our error policy the domain is paused now.
+    /// A disk failed; with our error policy the domain is paused now. `disk` is the hypervisor's name for it
+    /// (libvirt: `virtio-disk0`), for people.
     IoError {
         vm: VmId,
         disk: String,

@@ -5,7 +5,7 @@
 
 use muster_common::id::VmId;
 use muster_common::units::ByteLen;
-use muster_virt::{Accel, Boot, DomainSpec, conformance};
+use muster_virt::{Accel, Boot, DomainSpec, HypervisorErrorKind, conformance};
 
 #[test]
 fn the_mock_driver_conforms() {
@@ -14,6 +14,12 @@ fn the_mock_driver_conforms() {
         let boot = Boot::Direct { kernel: "/k".into(), initrd: None, cmdline: String::new() };
         DomainSpec::new(vm, name, ByteLen::mib(256), boot, Accel::Tcg)
     };
+    // the mock comes with a domain of its own
+    let foreign = hypervisor.list().unwrap().into_iter().find(|row| !row.ours).unwrap();
+    let refused = hypervisor.power_off(foreign.vm).unwrap_err();
+    assert_eq!(refused.kind(), HypervisorErrorKind::NotFound, "nobody else's domain is touched");
+    assert_eq!(hypervisor.define(&spec(foreign.vm, "x")).unwrap_err().kind(), HypervisorErrorKind::AlreadyExists);
+    assert_eq!(hypervisor.status(foreign.vm).unwrap(), foreign);
     let report = conformance::run(hypervisor.as_ref(), &conformance::Options::real_time("mock", &spec)).unwrap();
     println!("skipped: {:?}", report.skipped);
 }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{HypervisorError, HypervisorErrorKind, Result};
 
-/// libvirt makes unix sockets deep below the root; a longer root would exceed the 107 bytes of a socket path.
+/// A unix socket's path has at most 107 bytes. libvirt puts its monitor at
+/// `ROOT/lib/qemu/domain-NUMBER-NAME/monitor.sock`, the name cut at 20 bytes: 56 with a number of five digits.
 pub const MAX_ROOT_LENGTH: usize = 48;
 
 const MARK: &str = "# written by muster at every start; remove this line to keep your own version\n";
@@ -49,6 +50,11 @@ pub(super) fn root_of(uri: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(root))
 }
 
+/// Where the sockets of guest agents are: ours to choose, see `xml::Flavour`.
+pub(super) fn agent_sockets(root: &Path) -> PathBuf {
+    root.join("ga")
+}
+
 /// Creates the root and its configuration.
 pub(super) fn prepare(root: &Path) -> Result<()> {
     let file = root.join("etc/qemu.conf");
@@ -57,6 +63,7 @@ pub(super) fn prepare(root: &Path) -> Result<()> {
         move |e: std::io::Error| HypervisorError::with_source(HypervisorErrorKind::Connection, context, e)
     };
     fs::create_dir_all(root.join("etc")).map_err(failed("create the directory of"))?;
+    fs::create_dir_all(agent_sockets(root)).map_err(failed("create a directory beside"))?;
     let wanted = format!("{MARK}{QEMU_CONF}");
     match fs::read_to_string(&file) {
         Ok(present) if present == wanted || !present.starts_with(MARK) => return Ok(()),

@@ -8,6 +8,7 @@ mod mapping;
 pub mod xml;
 
 use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,6 +45,7 @@ pub(crate) struct Libvirt {
     _events: EventRegistration,
     connection: Connect,
     info: HypervisorInfo,
+    agent_sockets: Option<PathBuf>,
     subscribers: Arc<Subscribers>,
     /// Domains known to carry our metadata. Only grows by what exists: undefine takes out.
     ours: Mutex<HashSet<VmId>>,
@@ -58,8 +60,11 @@ impl Libvirt {
             _ if embedded => HypervisorKind::QemuEmbedded,
             _ => HypervisorKind::QemuSystem,
         };
+        let mut agent_sockets = None;
         if embedded {
-            embed::prepare(&embed::root_of(uri)?)?;
+            let root = embed::root_of(uri)?;
+            embed::prepare(&root)?;
+            agent_sockets = Some(embed::agent_sockets(&root));
         }
         event_loop::start()?;
         let connection = Connect::open(Some(uri)).map_err(|e| open_failed(uri, kind, e))?;
@@ -99,21 +104,25 @@ impl Libvirt {
             }
         });
         let events = EventRegistration::register(&connection, &sink);
-        Ok(Self { _events: events, connection, info, subscribers, ours: Mutex::new(HashSet::new()) })
+        Ok(Self { _events: events, connection, info, agent_sockets, subscribers, ours: Mutex::new(HashSet::new()) })
     }
 
     fn is_test(&self) -> bool {
         self.info.kind == HypervisorKind::LibvirtTest
     }
 
-    fn find(&self, vm: VmId) -> Result<Domain> {
-        Domain::lookup_by_uuid(&self.connection, vm.uuid()).map_err(|e| {
-            if e.code() == ErrorNumber::NoDomain {
-                HypervisorError::not_found(vm)
-            } else {
-                failed(&format!("find domain {vm}"), e)
-            }
+    /// Any domain of that id.
+    fn lookup(&self, vm: VmId) -> Result<Domain> {
+        Domain::lookup_by_uuid(&self.connection, vm.uuid()).map_err(|e| match e.code() {
+            ErrorNumber::NoDomain => HypervisorError::not_found(vm),
+            _ => failed(&format!("find domain {vm}"), e),
         })
+    }
+
+    /// A domain of ours; somebody else's does not exist for the verbs.
+    fn find(&self, vm: VmId) -> Result<Domain> {
+        let domain = self.lookup(vm)?;
+        if self.is_ours(vm, &domain)? { Ok(domain) } else { Err(HypervisorError::not_found(vm)) }
     }
 
     /// Runs one call on one domain.
@@ -129,16 +138,19 @@ impl Libvirt {
         })
     }
 
-    fn is_ours(&self, vm: VmId, domain: &Domain) -> bool {
+    fn is_ours(&self, vm: VmId, domain: &Domain) -> Result<bool> {
         if self.ours.lock().contains(&vm) {
-            return true;
+            return Ok(true);
         }
         let element = sys::VIR_DOMAIN_METADATA_ELEMENT as i32;
-        let ours = domain.get_metadata(element, Some(xml::METADATA_NAMESPACE), 0).is_ok();
-        if ours {
-            self.ours.lock().insert(vm);
+        match domain.get_metadata(element, Some(xml::METADATA_NAMESPACE), 0) {
+            Ok(_) => {
+                self.ours.lock().insert(vm);
+                Ok(true)
+            }
+            Err(e) if e.code() == ErrorNumber::NoDomainMetadata => Ok(false),
+            Err(e) => Err(failed(&format!("read metadata of domain {vm}"), e)),
         }
-        ours
     }
 
     fn status_of(&self, vm: VmId, domain: &Domain) -> Result<DomainStatus> {
@@ -160,7 +172,7 @@ impl Libvirt {
             state,
             reason,
             persistent: domain.is_persistent().map_err(|e| failed(&context(), e))?,
-            ours: self.is_ours(vm, domain),
+            ours: self.is_ours(vm, domain)?,
             agent_connected,
         })
     }
@@ -318,11 +330,14 @@ impl Hypervisor for Libvirt {
     }
 
     fn define(&self, spec: &DomainSpec) -> Result<()> {
-        let flavour = if self.is_test() { xml::Flavour::Test } else { xml::Flavour::Qemu };
+        let flavour = match self.is_test() {
+            true => xml::Flavour::Test,
+            false => xml::Flavour::Qemu { agent_sockets: self.agent_sockets.as_deref() },
+        };
         let xml = xml::domain_xml(spec, flavour)?;
         let context = format!("define domain {} ({})", spec.vm, spec.name);
-        if let Ok(present) = self.find(spec.vm) {
-            if !self.is_ours(spec.vm, &present) {
+        if let Ok(present) = self.lookup(spec.vm) {
+            if !self.is_ours(spec.vm, &present)? {
                 return Err(HypervisorError::new(
                     HypervisorErrorKind::AlreadyExists,
                     format!("{context}: a domain of that id exists and is not ours"),
@@ -381,7 +396,7 @@ impl Hypervisor for Libvirt {
     }
 
     fn status(&self, vm: VmId) -> Result<DomainStatus> {
-        self.status_of(vm, &self.find(vm)?)
+        self.status_of(vm, &self.lookup(vm)?)
     }
 
     fn start(&self, vm: VmId) -> Result<()> {
@@ -528,7 +543,7 @@ impl Hypervisor for Libvirt {
         let mut ours = HashMap::with_capacity(domains.len());
         for domain in domains {
             let vm = VmId::from_uuid(domain.get_uuid().map_err(|e| failed("list domains", e))?);
-            if self.is_ours(vm, &domain) {
+            if self.is_ours(vm, &domain)? {
                 ours.insert(vm, domain);
             }
         }

@@ -22,14 +22,18 @@ const SOCKET_PATH_MAX: usize = 107;
 
 /// Whose parser will read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flavour {
-    Qemu,
+pub enum Flavour<'a> {
+    Qemu {
+        /// Where the guest agent's socket goes. libvirt's own choice is 81 bytes below its root, which leaves an
+        /// embedded root 26.
+        agent_sockets: Option<&'a Path>,
+    },
     /// libvirt's mock: no accelerator, no devices it would not understand.
     Test,
 }
 
 /// The domain XML for a specification, or `InvalidSpec` with what is wrong.
-pub fn domain_xml(spec: &DomainSpec, flavour: Flavour) -> Result<String> {
+pub fn domain_xml(spec: &DomainSpec, flavour: Flavour<'_>) -> Result<String> {
     check(spec)?;
     Ok(render(spec, flavour).unwrap_or_default())
 }
@@ -169,12 +173,12 @@ fn escape_path(path: &Path) -> String {
     escape(&path.to_string_lossy())
 }
 
-fn render(spec: &DomainSpec, flavour: Flavour) -> Result<String, std::fmt::Error> {
-    let qemu = flavour == Flavour::Qemu;
+fn render(spec: &DomainSpec, flavour: Flavour<'_>) -> Result<String, std::fmt::Error> {
+    let qemu = flavour != Flavour::Test;
     let kind = match (flavour, spec.accel) {
         (Flavour::Test, _) => "test",
-        (Flavour::Qemu, Accel::Kvm) => "kvm",
-        (Flavour::Qemu, Accel::Tcg) => "qemu",
+        (Flavour::Qemu { .. }, Accel::Kvm) => "kvm",
+        (Flavour::Qemu { .. }, Accel::Tcg) => "qemu",
     };
     let mut x = String::new();
     writeln!(x, "<domain type='{kind}'>")?;
@@ -212,15 +216,15 @@ fn render(spec: &DomainSpec, flavour: Flavour) -> Result<String, std::fmt::Error
     writeln!(x, "  <on_reboot>restart</on_reboot>")?;
     writeln!(x, "  <on_crash>destroy</on_crash>")?;
     writeln!(x, "  <devices>")?;
-    if qemu {
-        render_devices(&mut x, spec)?;
+    if let Flavour::Qemu { agent_sockets } = flavour {
+        render_devices(&mut x, spec, agent_sockets)?;
     }
     writeln!(x, "  </devices>")?;
     writeln!(x, "</domain>")?;
     Ok(x)
 }
 
-fn render_devices(x: &mut String, spec: &DomainSpec) -> std::fmt::Result {
+fn render_devices(x: &mut String, spec: &DomainSpec, agent_sockets: Option<&Path>) -> std::fmt::Result {
     writeln!(x, "    <controller type='usb' model='none'/>")?;
     // q35 plugs PCI Express devices into root ports only; libvirt makes none to spare. Balloon and random numbers are
     // always there, the rest counts below.
@@ -264,6 +268,9 @@ fn render_devices(x: &mut String, spec: &DomainSpec) -> std::fmt::Result {
     }
     if spec.guest_agent {
         writeln!(x, "    <channel type='unix'>")?;
+        if let Some(dir) = agent_sockets {
+            writeln!(x, "      <source mode='bind' path='{}'/>", escape_path(&dir.join(spec.vm.to_string())))?;
+        }
         writeln!(x, "      <target type='virtio' name='{AGENT_CHANNEL}'/>")?;
         writeln!(x, "    </channel>")?;
     }
@@ -313,6 +320,8 @@ mod tests {
     use super::*;
     use crate::spec::NicSpec;
 
+    const QEMU: Flavour<'_> = Flavour::Qemu { agent_sockets: None };
+
     fn vm() -> VmId {
         "0b5c7a3e-9d21-4c6f-8a10-5e3d2c1b0a99".parse().unwrap()
     }
@@ -352,7 +361,8 @@ mod tests {
 
     #[test]
     fn a_desktop_with_everything() {
-        insta::assert_snapshot!(domain_xml(&desktop(), Flavour::Qemu).unwrap());
+        let flavour = Flavour::Qemu { agent_sockets: Some(Path::new("/run/muster/ga")) };
+        insta::assert_snapshot!(domain_xml(&desktop(), flavour).unwrap());
     }
 
     #[test]
@@ -361,7 +371,7 @@ mod tests {
         spec.disks = vec![disk("vda", 1, false)];
         spec.console = Console::Pty { log: None };
         spec.guest_agent = false;
-        insta::assert_snapshot!(domain_xml(&spec, Flavour::Qemu).unwrap());
+        insta::assert_snapshot!(domain_xml(&spec, QEMU).unwrap());
     }
 
     #[test]
@@ -382,7 +392,7 @@ mod tests {
         spec.vnc_socket = Some(format!("/v{evil}").into());
         spec.console = Console::Socket { path: format!("/c{evil}").into(), log: Some(format!("/l{evil}").into()) };
         spec.disks[0].export_socket = format!("/s{evil}").into();
-        let xml = domain_xml(&spec, Flavour::Qemu).unwrap();
+        let xml = domain_xml(&spec, QEMU).unwrap();
         assert!(!xml.contains("<evil") && !xml.contains("\"&amp;\""), "{xml}");
         assert_eq!(xml.matches("&lt;evil a=&quot;&amp;amp;&quot;&gt;").count(), 8, "{xml}");
     }
@@ -420,7 +430,7 @@ mod tests {
         for (word, spoil) in cases {
             let mut spec = desktop();
             spoil(&mut spec);
-            let error = domain_xml(&spec, Flavour::Qemu).unwrap_err();
+            let error = domain_xml(&spec, QEMU).unwrap_err();
             assert_eq!(error.kind(), HypervisorErrorKind::InvalidSpec);
             assert!(error.context().contains(word), "{word}: {}", error.context());
         }

@@ -44,17 +44,22 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut condition: impl FnMut() -> O
 
 /// A hypervisor root; dropping it ends every QEMU that was started under it, also those of a killed process.
 pub struct Root {
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
+    path: PathBuf,
 }
 
 impl Root {
+    /// As long as a root may be, so that every test shows that the unix sockets below it fit.
     pub fn new() -> Self {
-        // short: unix sockets lie below it
-        Self { dir: tempfile::Builder::new().prefix("mv").tempdir_in("/tmp").unwrap() }
+        let dir = tempfile::Builder::new().prefix("mv").tempdir_in("/tmp").unwrap();
+        let room = muster_virt::libvirt::MAX_ROOT_LENGTH - dir.path().as_os_str().len() - 1;
+        let path = dir.path().join("r".repeat(room));
+        fs::create_dir(&path).unwrap();
+        Self { _dir: dir, path }
     }
 
     pub fn path(&self) -> &Path {
-        self.dir.path()
+        &self.path
     }
 
     pub fn uri(&self) -> String {
