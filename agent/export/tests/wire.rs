@@ -337,6 +337,18 @@ fn removal_finishes_a_request_that_is_inside_the_device() {
 }
 
 #[test]
+fn a_client_that_takes_no_replies_does_not_hold_up_removal_or_others() {
+    let (_, served) = served(numbered(32 * MIB));
+    let mut stuck = served.client(true);
+    for _ in 0..4 {
+        stuck.send(command::READ, 0, 0, 32 * MIB as u32, &[]);
+    }
+    let mut other = served.client(true);
+    assert_eq!(other.ask(command::READ, 0, 0, 8, &[]).bytes(0, 8), numbered(8));
+    served.registry.remove(NAME, Duration::from_millis(100)).unwrap();
+}
+
+#[test]
 fn a_request_behind_the_end_of_an_export_is_refused_as_shut_down() {
     let (device, served) = served(numbered(MIB));
     let mut client = served.client(true);
