@@ -10,6 +10,7 @@ pub mod xml;
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -47,6 +48,8 @@ pub(crate) struct Libvirt {
     info: HypervisorInfo,
     agent_sockets: Option<PathBuf>,
     subscribers: Arc<Subscribers>,
+    /// The daemon went away: libvirt answers every later call with an untyped error.
+    lost: Arc<AtomicBool>,
     /// Domains known to carry our metadata. Only grows by what exists: undefine takes out.
     ours: Mutex<HashSet<VmId>>,
 }
@@ -98,21 +101,43 @@ impl Libvirt {
         };
         let subscribers = Arc::new(Subscribers::default());
         let target = subscribers.clone();
+        let lost = Arc::new(AtomicBool::new(false));
+        let closed = lost.clone();
         let sink: Sink = Arc::new(move |raw| {
+            if raw == RawEvent::Closed {
+                closed.store(true, Ordering::Release);
+            }
             if let Some(event) = translate(raw) {
                 target.publish(&event);
             }
         });
         let events = EventRegistration::register(&connection, &sink);
-        Ok(Self { _events: events, connection, info, agent_sockets, subscribers, ours: Mutex::new(HashSet::new()) })
+        Ok(Self {
+            _events: events,
+            connection,
+            info,
+            agent_sockets,
+            subscribers,
+            lost,
+            ours: Mutex::new(HashSet::new()),
+        })
     }
 
     fn is_test(&self) -> bool {
         self.info.kind == HypervisorKind::LibvirtTest
     }
 
+    fn connected(&self) -> Result<()> {
+        if !self.lost.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let text = format!("use hypervisor {}: the connection is lost", self.info.uri);
+        Err(HypervisorError::new(HypervisorErrorKind::Connection, text))
+    }
+
     /// Any domain of that id.
     fn lookup(&self, vm: VmId) -> Result<Domain> {
+        self.connected()?;
         Domain::lookup_by_uuid(&self.connection, vm.uuid()).map_err(|e| match e.code() {
             ErrorNumber::NoDomain => HypervisorError::not_found(vm),
             _ => failed(&format!("find domain {vm}"), e),
@@ -379,6 +404,7 @@ impl Hypervisor for Libvirt {
     }
 
     fn list(&self) -> Result<Vec<DomainStatus>> {
+        self.connected()?;
         let domains = self.connection.list_all_domains(0).map_err(|e| failed("list domains", e))?;
         let mut rows = Vec::with_capacity(domains.len());
         for domain in &domains {
@@ -538,6 +564,7 @@ impl Hypervisor for Libvirt {
     }
 
     fn all_stats(&self) -> Result<Vec<DomainStats>> {
+        self.connected()?;
         let flags = sys::VIR_CONNECT_LIST_DOMAINS_ACTIVE;
         let domains = self.connection.list_all_domains(flags).map_err(|e| failed("list domains", e))?;
         let mut ours = HashMap::with_capacity(domains.len());

@@ -22,12 +22,17 @@ pub fn images() -> Option<PathBuf> {
         return Some(dir.canonicalize().unwrap());
     }
     assert!(
-        std::env::var_os("MUSTER_ALLOW_SKIP").is_some_and(|v| v == "1"),
+        may_skip(),
         "no {missing:?} in {}: run `cargo xtask guest` (or set MUSTER_GUEST_DIR, or MUSTER_ALLOW_SKIP=1 to skip)",
         dir.display()
     );
     println!("skipped: no guest images");
     None
+}
+
+/// A developer's machine may lack something; continuous integration may not.
+pub fn may_skip() -> bool {
+    std::env::var_os("MUSTER_ALLOW_SKIP").is_some_and(|value| value == "1")
 }
 
 /// Polls until it holds.
@@ -69,19 +74,22 @@ impl Root {
 
 impl Drop for Root {
     fn drop(&mut self) {
-        let run = self.path().join("run");
-        for entry in fs::read_dir(run).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.extension().is_none_or(|e| e != "pid") || path.file_stem().is_some_and(|s| s == "driver") {
-                continue;
-            }
-            let Ok(pid) = fs::read_to_string(&path) else { continue };
-            let pid = pid.trim();
-            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            // only a process that names our root
-            if String::from_utf8_lossy(&command).contains(&*self.path().to_string_lossy()) {
-                let _ = Command::new("kill").args(["-9", pid]).status();
-            }
+        end_all(&self.path().join("run"), &self.path().to_string_lossy());
+    }
+}
+
+/// Ends the QEMU of every pid file in a directory whose command line contains a text that only ours have.
+pub fn end_all(pid_files: &Path, ours: &str) {
+    for entry in fs::read_dir(pid_files).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.extension().is_none_or(|e| e != "pid") || path.file_stem().is_some_and(|s| s == "driver") {
+            continue;
+        }
+        let Ok(pid) = fs::read_to_string(&path) else { continue };
+        let pid = pid.trim();
+        let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if String::from_utf8_lossy(&command).contains(ours) {
+            let _ = Command::new("kill").args(["-9", pid]).status();
         }
     }
 }
