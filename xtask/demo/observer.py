@@ -8,7 +8,6 @@ command topic. `cargo xtask demo` runs it on a machine of its own and counts the
 
 import os
 import pathlib
-import re
 import sys
 import time
 
@@ -85,6 +84,6 @@ while True:
             say(f"vm {sample.name}  on {host}  {state}{', guest up' if sample.guest_up else ''}")
     for sample in take(commands):
         verb = getattr(sample.verb, "name", str(sample.verb))
-        verb = re.sub(r"(?<=[a-z])(?=[A-Z])|_", "-", verb).lower()
+        verb = verb.removeprefix("VERB_").replace("_", "-").lower()
         say(f"command {sample.id}  {verb} {sample.target or '(members)'} {len(sample.members)} members")
     time.sleep(0.05)

@@ -9,13 +9,14 @@
 mod check;
 mod demo;
 mod guest;
+mod python_idl;
 mod run;
 mod setup;
 mod test;
 
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::run::Context;
 
@@ -27,6 +28,7 @@ usage: cargo xtask [--verbose] VERB
   check [--advisories]
                      the fast part of the tests: formatting, clippy, layering, licences and bans, documentation
   test [FILTER…]     setup, check, guest images and every test (FILTER: passed on to the test runner, skips check)
+  python-types       write examples/python/muster_v1.py from the IDL
   bench [FILTER…]    the benches
   demo               a controller and three hosts on this machine run the main job; the fleet stays up
   demo down          end it and remove every trace
@@ -69,6 +71,7 @@ fn dispatch(verbose: bool, words: &[String]) -> Result<()> {
         ("check", ["--advisories"]) => check::all(&context("check")?, true),
         ("test", filters) => test::all(&context("test")?, filters),
         ("bench", filters) => test::bench(&context("bench")?, filters),
+        ("python-types", []) => python_types(&context("python-types")?),
         ("demo", []) => demo::up(&context("demo")?),
         ("demo", ["down"]) => demo::down(&context("demo-down")?),
         ("demo", ["status"]) => demo::status(&context("demo-status")?),
@@ -78,4 +81,12 @@ fn dispatch(verbose: bool, words: &[String]) -> Result<()> {
         }
         _ => bail!("unknown command: {}\n{USAGE}", words.join(" ")),
     }
+}
+
+/// The Python classes are committed; a test of idl compares them with what this writes.
+fn python_types(context: &Context) -> Result<()> {
+    let idl = context.root.join("idl/idl/muster_v1.idl");
+    let text = std::fs::read_to_string(&idl).with_context(|| format!("read {}", idl.display()))?;
+    let target = context.root.join("examples/python/muster_v1.py");
+    std::fs::write(&target, python_idl::generate(&text)).with_context(|| format!("write {}", target.display()))
 }
