@@ -111,8 +111,8 @@ impl<'a> Fleet<'a> {
             ),
         };
         let config = format!(
-            "lab = true\nname = \"demo\"\ncells = [{CELL}]\ninterface = \"{at}\"\n{discovery}state_dir = \"{}\"\n\n\
-             [api]\nsocket = \"{}\"\n\n[stream]\nlisten = \"{at}:{stream}\"\n",
+            "lab = true\nname = \"demo\"\nstate_dir = \"{}\"\n\n[api]\nsocket = \"{}\"\n\n\
+             [stream]\nlisten = \"{at}:{stream}\"\n\n[bus]\ncells = [{CELL}]\ninterface = \"{at}\"\n{discovery}",
             state.display(),
             ctl.join("controller.sock").display(),
         );

@@ -23,7 +23,7 @@ use crate::run::Context;
 pub const CELL: u16 = 10;
 /// First and last UDP port of that domain (RTPS 2.5, 9.6.2.3): 7400 + 250 × domain, and the 250 that follow.
 pub const RTPS_PORTS: (u16, u16) = (7400 + 250 * CELL, 7400 + 250 * CELL + 249);
-pub const CONTROLLER_STREAM_PORT: u16 = 7700;
+pub const CONTROLLER_STREAM_PORT: u16 = 7701;
 pub const AGENT_STREAM_PORT: u16 = 7800;
 
 /// Written first, removed last: a folder without it is not ours to delete.
