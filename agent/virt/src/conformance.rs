@@ -247,6 +247,9 @@ impl Suite<'_> {
         self.ok("pause", hv.pause(vm))?;
         self.wait_state(DomainState::Paused)?;
         self.refused("pause again", kind, hv.pause(vm))?;
+        if capabilities.guest_agent {
+            self.refused("guest_ping while paused", kind, hv.guest_ping(vm, Duration::from_secs(1)))?;
+        }
         self.refused("start while paused", kind, hv.start(vm))?;
         self.ok("resume", hv.resume(vm))?;
         self.wait_state(DomainState::Running)?;

@@ -116,7 +116,8 @@ pub trait Hypervisor: Send + Sync {
     /// Throws a saved memory away: state `Off`.
     fn discard_saved(&self, vm: VmId) -> Result<()>;
 
-    /// Does the guest agent answer within the time? `AgentUnavailable` is `Ok(false)` here.
+    /// Does the guest agent answer within the time? `AgentUnavailable` is `Ok(false)` here; a domain that is not running
+    /// (off, paused) is `InvalidState`.
     fn guest_ping(&self, vm: VmId, timeout: Duration) -> Result<bool>;
 
     /// Runs a program in the guest and waits for its end.

@@ -783,8 +783,7 @@ impl Hypervisor for Simulator {
 
     fn guest_ping(&self, vm: VmId, _timeout: Duration) -> Result<bool> {
         let mut state = self.inner.enter(vm);
-        let guest = active(&mut state, vm, "ping the guest agent of")?;
-        Ok(guest.agent && guest.state == DomainState::Running)
+        Ok(running(&mut state, vm, "ping the guest agent of")?.agent)
     }
 
     fn guest_exec(&self, vm: VmId, request: &ExecRequest) -> Result<ExecResult> {
