@@ -86,7 +86,7 @@ fn a_destroyed_desktop_comes_back_as_it_was_from_a_directory_opened_again() {
     let backups = Backups::open(&dir.path().join("backups")).unwrap();
     let listing = backups.list().unwrap();
     assert!(listing.unreadable.is_empty());
-    assert_eq!(listing.records, [captured.record.clone()]);
+    assert_eq!(listing.records, std::slice::from_ref(&captured.record));
     let record = backups.latest_of(desktop.vm).unwrap().unwrap();
     assert_eq!(record.vms[0].spec["vcpus"], 2);
     assert_eq!(record.volumes_of(desktop.vm).map(|v| v.role.as_str()).collect::<Vec<_>>(), ["system", "personal"]);
@@ -276,7 +276,10 @@ fn one_damaged_record_does_not_hide_the_others() {
     assert_eq!(listing.unreadable[0].1.code(), ErrorCode::Corrupt);
 }
 
-fn story(storage: Arc<dyn Storage>, done: &mut Vec<(BackupId, Vec<(VolumeId, Vec<u8>)>)>) -> Result<(), BackupError> {
+/// A backup that was acknowledged, and what its volumes held.
+type Acknowledged = (BackupId, Vec<(VolumeId, Vec<u8>)>);
+
+fn story(storage: Arc<dyn Storage>, done: &mut Vec<Acknowledged>) -> Result<(), BackupError> {
     let backups = Backups::open_storage(storage)?;
     let desktop = Desktop::new();
     let capture = |system: &[u8], personal: &[u8], done: &mut Vec<_>| {
