@@ -1,6 +1,6 @@
 //! Domain XML: a pure function from [`DomainSpec`], snapshot-tested.
 //!
-//! Everything that comes from outside passes [`check`] and [`escape`]. The text is libvirt's input and nobody's wire
+//! Everything that comes from outside passes `check` and `escape`. The text is libvirt's input and nobody's wire
 //! format: it may change, knowingly (the snapshots).
 
 use std::fmt::Write;
