@@ -3,6 +3,10 @@
 //! The tests themselves are in `tests/tests/`, one file a subject. Nothing in the product names this crate.
 #![forbid(unsafe_code)]
 
+pub mod fleet;
+
+pub use fleet::{Fleet, Host, outcomes, program};
+
 use std::{
     path::PathBuf,
     process::{Child, Command},
