@@ -49,6 +49,8 @@ impl Backups {
             let now = Progress { volume, done, total, new_bytes: ByteLen::ZERO };
             if progress(now).is_break() { Err(BackupError::Cancelled) } else { Ok(()) }
         };
+        // heard at least once, also when the other threads take all chunks of a small volume
+        report(0)?;
         let mut zeroed = 0;
         for (start, end) in holes(&manifest) {
             let mut at = start;
@@ -102,6 +104,7 @@ impl Backups {
         if let Some(e) = failure.into_inner() {
             return Err(e);
         }
+        report(0)?;
         target.flush().map_err(wrong)?;
         Ok(Restored { written: manifest.data_bytes(), zeroed: ByteLen(zeroed) })
     }

@@ -63,6 +63,10 @@ impl Repository {
             });
         }
         let total = ByteLen(chunks.iter().map(|c| c.len as u64).sum());
+        // heard at least once, also when the other threads take all chunks of a small image
+        if progress(Progress { done: ByteLen::ZERO, total, new_bytes: ByteLen::ZERO }).is_break() {
+            return Err(RepositoryError::Cancelled);
+        }
         let (next, done, stop) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicBool::new(false));
         let bad = Mutex::new(HashMap::<Digest, Defect>::new());
         let work = |mut each: Option<&mut dyn FnMut(Progress) -> ControlFlow<()>>| {
