@@ -61,13 +61,11 @@ pub struct VmRecord {
     pub template: TemplateSpec,
     pub disks: Vec<DiskRecord>,
     pub created_at_us: u64,
-    /// CIM RequestedState of the last verb that was begun; 12 when none was.
-    pub requested_state: u16,
 }
 
 impl VmRecord {
     pub fn new(vm: VmId, name: String, template: TemplateSpec, disks: Vec<DiskRecord>, now_us: u64) -> Self {
-        Self { version: VERSION, vm, name, template, disks, created_at_us: now_us, requested_state: 12 }
+        Self { version: VERSION, vm, name, template, disks, created_at_us: now_us }
     }
 
     pub fn disk(&self, role: DiskRole) -> Option<&DiskRecord> {

@@ -1,0 +1,171 @@
+//! Create and delete.
+
+use std::sync::Arc;
+
+use muster_cim::EnabledState;
+use muster_common::{ErrorCode, VolumeId};
+use muster_store::Image;
+use muster_virt::{DomainState, HypervisorErrorKind, Lane};
+
+use super::{Done, Failure, Work};
+use crate::{
+    arguments::{self, Template},
+    images::Pulled,
+    inventory::Entry,
+    records::{DiskRecord, DiskRole, VmRecord},
+};
+
+impl Work {
+    pub(super) async fn create(&self) -> Result<Done, Failure> {
+        let template = arguments::template(&self.order)?;
+        let name = arguments::vm_name(&self.order)?;
+        let vm = self.order.vm.ok_or_else(Failure::no_such_vm)?;
+        if let Some(other) = self.host.inventory.by_name(&name) {
+            return Err(Failure::refused(ErrorCode::AlreadyExists, format!("the name {name:?} is taken by VM {other}")));
+        }
+        self.fetch_boot_files(&template).await?;
+        let (image, _) = self.ensure_image(template.image, &template.spec.image_name).await?;
+        let mut disks = vec![DiskRecord {
+            role: DiskRole::System,
+            target: "vda".into(),
+            volume: VolumeId::random(),
+            generation: 1,
+            size: image.size(),
+            image: Some(template.image),
+        }];
+        if let Some(size) = template.data {
+            disks.push(DiskRecord {
+                role: DiskRole::Data,
+                target: "vdb".into(),
+                volume: VolumeId::random(),
+                generation: 1,
+                size,
+                image: None,
+            });
+        }
+        let record = VmRecord::new(vm, name, template.spec.clone(), disks, self.host.now_us());
+        let result = self.build(&record).await;
+        if result.is_err() {
+            self.unbuild(&record).await;
+        }
+        result
+    }
+
+    async fn build(&self, record: &VmRecord) -> Result<Done, Failure> {
+        let saved = record.clone();
+        self.blocking(move |host| {
+            // first the record: a domain of ours always has one, whenever the agent dies
+            host.records.save(&saved)?;
+            for disk in &saved.disks {
+                host.volumes.make(disk)?;
+                host.volumes.offer(saved.vm, disk)?;
+            }
+            Ok(())
+        })
+        .await?;
+        self.define(record).await?;
+        self.host.inventory.insert(Entry::new(record.clone(), DomainState::Off, self.host.now_us()));
+        self.wait_for(EnabledState::Disabled).await?;
+        Ok(Done::default())
+    }
+
+    /// Takes everything of a VM away again; what cannot be is in the log.
+    async fn unbuild(&self, record: &VmRecord) {
+        let vm = record.vm;
+        match self.host.machines.call(Lane::Vm(vm), "undefine", move |h| h.undefine(vm)).await {
+            Err(e) if e.kind() != HypervisorErrorKind::NotFound => self.host.complain("a domain stayed", &e),
+            _ => {}
+        }
+        let gone = record.clone();
+        let removed = self.blocking(move |host| {
+            for disk in &gone.disks {
+                host.volumes.destroy(disk)?;
+            }
+            Ok(host.records.remove(gone.vm)?)
+        });
+        if let Err(failure) = removed.await {
+            tracing::error!(vm = %vm, reason = failure.message, "something of a VM stayed");
+        }
+        self.host.inventory.remove(vm);
+    }
+
+    pub(super) async fn delete(&self) -> Result<Done, Failure> {
+        let record = self.entry()?.record;
+        let vm = record.vm;
+        match self.host.machines.call_within(Lane::Vm(vm), "undefine", self.call_time(), move |h| h.undefine(vm)).await {
+            Err(e) if e.kind() == HypervisorErrorKind::NotFound => {}
+            other => other?,
+        }
+        if self.host.machines.status(vm).await?.is_some() {
+            return Err(Failure::failed(ErrorCode::Hypervisor, "the hypervisor still knows it"));
+        }
+        let gone = record.clone();
+        self.blocking(move |host| {
+            for disk in &gone.disks {
+                host.volumes.destroy(disk)?;
+            }
+            Ok(host.records.remove(vm)?)
+        })
+        .await?;
+        self.host.inventory.remove(vm);
+        for path in [self.host.console_socket(vm), self.host.vnc_socket(vm), self.host.log_path(vm)] {
+            // QEMU removes its sockets itself as a rule
+            let _ = std::fs::remove_file(path);
+        }
+        self.host.boot_files.sweep(&self.host.used_boot_files());
+        Ok(Done::default())
+    }
+
+    /// The image in memory, pulled if it is missing, with progress.
+    pub(super) async fn ensure_image(
+        &self,
+        digest: muster_common::Digest,
+        name: &str,
+    ) -> Result<(Arc<Image>, Option<Pulled>), Failure> {
+        let source = match arguments::source(&self.order)? {
+            Some(source) => Some(source),
+            None => self.host.source_for(&self.order.controller),
+        };
+        let host = Arc::clone(&self.host);
+        let order = self.order.clone();
+        let said = std::sync::atomic::AtomicU64::new(0);
+        let progress = Arc::new(move |done: u64, total: u64| {
+            let now = host.now_us();
+            let last = said.load(std::sync::atomic::Ordering::Relaxed);
+            // twice a second is enough for eyes
+            if done >= total || now.saturating_sub(last) >= 500_000 {
+                said.store(now, std::sync::atomic::Ordering::Relaxed);
+                host.voice.progress(&order, "pull image", done, total);
+            }
+        });
+        let pull = self.host.images.ensure(source, digest, name, progress);
+        match tokio::time::timeout(self.left(), pull).await {
+            Ok(result) => Ok(result?),
+            Err(_) => Err(Failure::timeout("the image was not pulled by the deadline; nothing of it is kept")),
+        }
+    }
+
+    pub(super) async fn fetch_boot_files(&self, template: &Template) -> Result<(), Failure> {
+        for digest in [template.kernel, template.initrd].into_iter().flatten() {
+            if self.host.boot_files.has(&digest) {
+                continue;
+            }
+            let source = match arguments::source(&self.order)? {
+                Some(source) => Some(source),
+                None => self.host.source_for(&self.order.controller),
+            };
+            let fetch = self.host.images.blob(source, digest);
+            let bytes = match tokio::time::timeout(self.left(), fetch).await {
+                Ok(result) => result.map_err(|e| Failure::from(e).while_doing("fetch a boot file"))?,
+                Err(_) => return Err(Failure::timeout("a boot file was not fetched by the deadline")),
+            };
+            self.blocking(move |host| Ok(host.boot_files.keep(&digest, &bytes)?)).await?;
+        }
+        Ok(())
+    }
+
+    /// Boot files vanish with the machine's memory; they are fetched again.
+    pub(super) async fn ensure_boot_files(&self, record: &VmRecord) -> Result<(), Failure> {
+        self.fetch_boot_files(&arguments::check_template(record.template.clone())?).await
+    }
+}

@@ -1,0 +1,206 @@
+//! Snapshots and backups: all volumes of a VM at one cut.
+
+use std::{ops::ControlFlow, time::Duration};
+
+use std::sync::Arc;
+
+use muster_backup::{BackedVm, Captured, Plan, VolumeToBackUp};
+use muster_block::BlockDevice;
+use muster_common::{ErrorCode, VmId};
+use muster_idl::{
+    arguments::{BackupResult, BackupVolumeResult},
+    v1::Severity,
+};
+use muster_store::Snapshot;
+use muster_virt::{DomainState, Lane};
+
+use super::{Done, Failure, Work, guest::json};
+use crate::{
+    arguments,
+    inventory::{Entry, SnapshotSet},
+    records::DiskRecord,
+    voice::About,
+};
+
+/// A thaw is tried this often: a guest left frozen is worse than a backup that failed.
+const THAWS: u32 = 5;
+const CRASH_CONSISTENT: &str = "crash-consistent: the guest agent did not freeze the file systems";
+
+/// All volumes of a VM as they were at one moment.
+struct Cut {
+    disks: Vec<(DiskRecord, Snapshot)>,
+    /// The guest's file systems were frozen, or it was not running.
+    consistent: bool,
+}
+
+impl Work {
+    async fn cut(&self, entry: &Entry) -> Result<Cut, Failure> {
+        let vm = entry.record.vm;
+        let running = self.host.machines.status(vm).await?.is_some_and(|s| s.state == DomainState::Running);
+        let mut frozen = false;
+        if running && self.guest_answers(vm).await {
+            let time = self.call_time().min(Duration::from_secs(10));
+            match self.host.machines.call_within(Lane::Vm(vm), "freeze", time, move |h| h.fs_freeze(vm)).await {
+                Ok(_) => frozen = true,
+                Err(e) => {
+                    tracing::warn!(vm = %vm, err = %muster_common::Chain(&e), "freezing a guest's file systems failed");
+                    // it may have frozen some
+                    self.thaw(vm).await;
+                }
+            }
+        }
+        let record = entry.record.clone();
+        let snapshots = self
+            .blocking(move |host| {
+                let lost = |d: &DiskRecord| Failure::failed(ErrorCode::VolumeLost, format!("volume {} is lost", d.volume));
+                record
+                    .disks
+                    .iter()
+                    .map(|d| {
+                        let volume = host.volumes.find(d).ok_or_else(|| lost(d))?;
+                        Ok((d.clone(), volume.snapshot()?))
+                    })
+                    .collect::<Result<Vec<_>, Failure>>()
+            })
+            .await;
+        if frozen {
+            self.thaw(vm).await;
+        }
+        Ok(Cut { disks: snapshots?, consistent: frozen || !running })
+    }
+
+    async fn thaw(&self, vm: VmId) {
+        for attempt in 1..=THAWS {
+            let time = Duration::from_secs(10);
+            match self.host.machines.call_within(Lane::Vm(vm), "thaw", time, move |h| h.fs_thaw(vm)).await {
+                Ok(_) => return,
+                Err(e) => tracing::warn!(vm = %vm, attempt, err = %muster_common::Chain(&e), "thawing failed"),
+            }
+        }
+        let about = About { vm: vm.to_string(), command: self.order.command.to_string(), ..About::default() };
+        let text = "the guest's file systems could not be thawed after a snapshot: reset it";
+        self.host.voice.event(Severity::Error, "guest-frozen", text, about);
+    }
+
+    pub(super) async fn snapshot(&self) -> Result<Done, Failure> {
+        let name = arguments::snapshot_name(&self.order)?;
+        let entry = self.entry()?;
+        if entry.snapshots.contains_key(&name) {
+            let text = format!("the VM has a snapshot {name:?} already");
+            return Err(Failure::refused(ErrorCode::AlreadyExists, text));
+        }
+        let cut = self.cut(&entry).await?;
+        let volumes = cut.disks.into_iter().map(|(d, s)| (d.volume, s)).collect();
+        let set = SnapshotSet { taken_us: self.host.now_us(), volumes };
+        self.host.inventory.update(entry.record.vm, |e| {
+            e.snapshots.insert(name, set);
+        });
+        let message = if cut.consistent { "" } else { CRASH_CONSISTENT };
+        Ok(Done { message: message.into(), ..Done::default() })
+    }
+
+    pub(super) async fn backup(&self) -> Result<Done, Failure> {
+        let (result, consistent) = self.back_up(&self.entry()?).await?;
+        let message = if consistent { String::new() } else { CRASH_CONSISTENT.into() };
+        Ok(Done { message, result: json(&result)? })
+    }
+
+    /// All VMs of the host whose volumes are there, one backup each.
+    pub(super) async fn backup_host(&self) -> Result<Done, Failure> {
+        let (mut results, mut failed, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+        for entry in self.host.inventory.all() {
+            if crate::inventory::is_lost(&entry.record, &self.host.volumes.store) {
+                skipped.push(entry.record.name);
+                continue;
+            }
+            if self.left().is_zero() {
+                failed.push(format!("{}: the deadline passed", entry.record.name));
+                continue;
+            }
+            match self.back_up(&entry).await {
+                Ok((result, _)) => results.push(result),
+                Err(f) => failed.push(format!("{}: {}", entry.record.name, f.message)),
+            }
+        }
+        if !failed.is_empty() {
+            let text = format!("{} backed up, not: {}", results.len(), failed.join("; "));
+            return Err(Failure::failed(ErrorCode::Io, text));
+        }
+        let message =
+            if skipped.is_empty() { String::new() } else { format!("left out, volumes lost: {}", skipped.join(", ")) };
+        Ok(Done { message, result: json(&results)? })
+    }
+
+    async fn back_up(&self, entry: &Entry) -> Result<(BackupResult, bool), Failure> {
+        let backups = match &self.host.backups {
+            Ok(backups) => backups.clone(),
+            Err(why) => return Err(Failure::refused(ErrorCode::Unavailable, format!("no backup directory: {why}"))),
+        };
+        let cut = self.cut(entry).await?;
+        let record = entry.record.clone();
+        let spec = serde_json::to_value(&record)
+            .map_err(|e| Failure::failed(ErrorCode::Internal, format!("write the VM's record: {e}")))?;
+        let plan = Plan {
+            host: self.host.id,
+            // how a restarted agent finds out that a command's backup is there
+            label: self.order.command.to_string(),
+            vms: vec![BackedVm { id: record.vm, name: record.name.clone(), spec }],
+            volumes: cut
+                .disks
+                .into_iter()
+                .map(|(disk, snapshot)| VolumeToBackUp {
+                    id: disk.volume,
+                    vm: Some(record.vm),
+                    generation: disk.generation,
+                    role: disk.role.as_str().into(),
+                    snapshot: Arc::new(snapshot) as Arc<dyn BlockDevice>,
+                })
+                .collect(),
+        };
+        let order = self.order.clone();
+        let deadline_us = self.order.deadline_us;
+        let captured = self
+            .blocking(move |host| {
+                let mut said = 0;
+                let mut progress = |p: muster_backup::Progress| {
+                    let now = host.now_us();
+                    if now.saturating_sub(said) >= 500_000 {
+                        said = now;
+                        host.voice.progress(&order, "back up", p.done.bytes(), p.total.bytes());
+                    }
+                    if now > deadline_us { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                };
+                match backups.capture(&plan, host.now_us(), &mut progress) {
+                    Err(muster_backup::BackupError::Cancelled) => {
+                        Err(Failure::timeout("the backup was not complete by the deadline; nothing of it is kept"))
+                    }
+                    other => Ok(other?),
+                }
+            })
+            .await?;
+        Ok((result_of(&captured, record.vm, &record.name), cut.consistent))
+    }
+}
+
+fn result_of(captured: &Captured, vm: VmId, name: &str) -> BackupResult {
+    BackupResult {
+        id: captured.record.id.to_string(),
+        vm: vm.to_string(),
+        vm_name: name.to_string(),
+        taken_at_us: captured.record.created_at_us,
+        volumes: captured
+            .record
+            .volumes
+            .iter()
+            .map(|v| BackupVolumeResult {
+                volume: v.id.to_string(),
+                role: v.role.clone(),
+                size_bytes: v.size.bytes(),
+                new_bytes: v.new_bytes.bytes(),
+                manifest: v.manifest.to_string(),
+            })
+            .collect(),
+        logical_bytes: captured.logical.bytes(),
+        new_bytes: captured.new_bytes.bytes(),
+    }
+}
