@@ -14,7 +14,7 @@ use muster_idl::{Topic, v1};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::core::{CellLink, Handle, Input, Outgoing};
+use crate::core::{CellLink, Handle, Input, Outgoing, WayBack};
 
 /// Samples of a topic that wait for the core: some seconds of a cell of 30 hosts with 30 VMs each.
 const CAPACITY: usize = 4096;
@@ -96,7 +96,7 @@ pub fn start(
     for Joined { bus, readers, writers } in joined {
         let cell = bus.cell();
         let (outbox, outgoing) = sync_channel(OUTBOX);
-        let (bus_out, back) = (bus.clone(), handle.clone());
+        let (bus_out, back) = (bus.clone(), handle.way_back());
         threads.push(
             std::thread::Builder::new()
                 .name(format!("bus-out-{cell}"))
@@ -157,7 +157,7 @@ fn read<T: Topic>(
     });
 }
 
-fn write(bus: &Bus, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &Handle) {
+fn write(bus: &Bus, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &WayBack) {
     let cell = bus.cell();
     while let Ok(next) = outgoing.recv() {
         let (what, done) = match next {
@@ -169,7 +169,7 @@ fn write(bus: &Bus, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &Han
                     Ok(()) => Input::Published(id, cell),
                     Err(_) => Input::PublishFailed(id, cell),
                 };
-                back.blocking_input(said);
+                back.input(said);
                 ("command", done)
             }
             Outgoing::Rebuild => ("participant", bus.rebuild()),

@@ -89,6 +89,18 @@ pub struct Handle {
     events: watch::Receiver<u64>,
 }
 
+/// See [`Handle::way_back`].
+pub struct WayBack(mpsc::WeakSender<Message>);
+
+impl WayBack {
+    /// Hands something over from a thread, waiting for room.
+    pub fn input(&self, input: Input) {
+        if let Some(sender) = self.0.upgrade() {
+            let _ = sender.blocking_send(Message::Input(Box::new(input)));
+        }
+    }
+}
+
 /// Messages that may wait. Full: REST and reliable topics wait, telemetry is dropped (the next reading replaces it).
 const QUEUE: usize = 4096;
 /// Messages of one transaction at most: bounds how long the first answer waits for the last write.
@@ -123,9 +135,9 @@ impl Handle {
     pub fn reading(&self, input: Input) {
         let _ = self.sender.try_send(Message::Input(Box::new(input)));
     }
-    /// As [`Self::input`], from a thread.
-    pub fn blocking_input(&self, input: Input) {
-        let _ = self.sender.blocking_send(Message::Input(Box::new(input)));
+    /// The way back for the threads that the core feeds: it does not keep the core alive.
+    pub fn way_back(&self) -> WayBack {
+        WayBack(self.sender.downgrade())
     }
     pub fn tick(&self) {
         // full: it is busy, the next tick does
