@@ -6,7 +6,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader, Write},
-    net::{IpAddr, Ipv4Addr},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -15,7 +14,7 @@ use std::{
 
 use muster_bus::{
     Bus, BusConfig, Payload, Publisher, Subscriber,
-    testing::{Domain, free_domain},
+    testing::{Domain, Namespaces, free_domain},
 };
 use muster_idl::{Topic, samples};
 
@@ -242,86 +241,20 @@ fn every_topic_goes_there_and_back_on_loopback() {
     round_trip(&bus, &domain, command);
 }
 
-/// Two network namespaces on one cable; gone when dropped.
-struct Namespaces {
-    names: [String; 2],
-}
-
-const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::new(10, 77, 0, 2)];
-
-fn ip(words: &str) -> std::io::Result<()> {
-    let output = Command::new("ip").args(words.split_whitespace()).output()?;
-    if output.status.success() {
-        Ok(())
-    } else {
-        Err(std::io::Error::other(format!("ip {words}: {}", String::from_utf8_lossy(&output.stderr).trim())))
-    }
-}
-
-impl Namespaces {
-    fn make() -> Self {
-        let id = std::process::id();
-        let this = Self { names: [format!("mt{id}a"), format!("mt{id}b")] };
-        let [a, b] = &this.names;
-        ip(&format!("netns add {a}")).unwrap();
-        ip(&format!("netns add {b}")).unwrap();
-        ip(&format!("-n {a} link add eth0 type veth peer name eth0 netns {b}")).unwrap();
-        for (name, address) in this.names.iter().zip(ADDRESSES) {
-            ip(&format!("-n {name} address add {address}/24 dev eth0")).unwrap();
-            ip(&format!("-n {name} link set eth0 up")).unwrap();
-            ip(&format!("-n {name} link set lo up")).unwrap();
-        }
-        this
-    }
-
-    /// Runs on a thread of its own inside the first namespace; threads it starts are inside too.
-    fn inside(&self, work: impl FnOnce() + Send) {
-        let path = format!("/run/netns/{}", self.names[0]);
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                let file = std::fs::File::open(&path).unwrap();
-                rustix::thread::move_into_link_name_space(
-                    std::os::fd::AsFd::as_fd(&file),
-                    Some(rustix::thread::LinkNameSpaceType::Network),
-                )
-                .unwrap();
-                work();
-            });
-            if let Err(panic) = thread.join() {
-                std::panic::resume_unwind(panic);
-            }
-        });
-    }
-}
-
-impl Drop for Namespaces {
-    fn drop(&mut self) {
-        for name in &self.names {
-            if let Err(error) = ip(&format!("netns delete {name}")) {
-                eprintln!("{error}");
-            }
-        }
-    }
-}
-
 #[test]
 fn every_topic_goes_there_and_back_by_multicast_between_namespaces() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: network namespaces need root; the loopback test covers the formats");
-        return;
-    }
+    let Some(namespaces) = Namespaces::make() else { return };
     let domain = free_domain();
-    let namespaces = Namespaces::make();
-    namespaces.inside(|| {
+    namespaces.inside(0, || {
         let bus = Bus::dds(&BusConfig {
             cell: domain.cell(),
-            interface: Some(IpAddr::V4(ADDRESSES[0])),
+            interface: Some(Namespaces::ADDRESSES[0].into()),
             peers: vec![],
             multicast: true,
         })
         .unwrap();
         let mut command = Command::new("ip");
-        command.args(["netns", "exec", &namespaces.names[1]]).arg(python());
+        command.args(["netns", "exec", namespaces.name(1)]).arg(python());
         command.env(
             "CYCLONEDDS_URI",
             "<CycloneDDS><Domain Id=\"any\"><General><Interfaces><NetworkInterface name=\"eth0\"/></Interfaces>\

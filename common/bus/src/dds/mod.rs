@@ -125,6 +125,7 @@ struct Inner {
 struct Session {
     factories: Factories,
     status: rustdds::DomainParticipantStatusListener,
+    multicast: bool,
     _relay: Option<relay::Relay>,
 }
 
@@ -395,11 +396,12 @@ impl Session {
         // one participant of this process at a time: the guards are exclusive, and bounded in time against others
         static MAKING: OnceLock<Mutex<()>> = OnceLock::new();
         let making = MAKING.get_or_init(Mutex::default).lock();
-        let user_traffic = ports::Guard::hold(config.cell, ports::user_multicast(config.cell))?;
+        let user_traffic = ports::Guard::hold(ports::user_multicast(config.cell))?;
         let discovery = if place.multicast {
+            ports::check_discovery_port(config.cell)?;
             None
         } else {
-            Some(ports::Guard::hold(config.cell, ports::discovery_multicast(config.cell))?)
+            ports::Guard::hold(ports::discovery_multicast(config.cell))?
         };
         let mut builder = DomainParticipantBuilder::new(config.cell);
         if let Some(only) = place.only {
@@ -427,7 +429,12 @@ impl Session {
         let publisher = participant.create_publisher(&qos).map_err(dds("create a DDS publisher".into()))?;
         let subscriber = participant.create_subscriber(&qos).map_err(dds("create a DDS subscriber".into()))?;
         let status = participant.status_listener();
-        Ok(Session { factories: Factories { participant, publisher, subscriber }, status, _relay: relay })
+        Ok(Session {
+            factories: Factories { participant, publisher, subscriber },
+            status,
+            multicast: place.multicast,
+            _relay: relay,
+        })
     }
 }
 
@@ -488,18 +495,16 @@ impl Transport for Dds {
     fn diagnosis(&self) -> String {
         let BusConfig { cell, interface, peers, .. } = &self.core.config;
         let inner = self.core.inner.lock();
-        let place = ports::check(&self.core.config);
         let own = inner
             .session
             .as_ref()
             .map(|s| (s.factories.participant.participant_id(), prefix(s.factories.participant.guid())));
         let interface = interface.map_or("all interfaces".to_string(), |i| format!("interface {i}"));
-        let discovery = match &place {
-            Ok(place) if place.multicast => {
+        let discovery = match &inner.session {
+            Some(session) if session.multicast => {
                 format!("multicast 239.255.0.1:{}", ports::discovery_multicast(*cell))
             }
-            Ok(_) => "no multicast".to_string(),
-            Err(error) => error.to_string(),
+            _ => "no multicast".to_string(),
         };
         let peers = if peers.is_empty() {
             "no peers configured".to_string()

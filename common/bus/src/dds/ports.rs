@@ -100,38 +100,52 @@ pub(super) struct Guard {
 const GUARD_TIMEOUT: Duration = Duration::from_secs(2);
 
 impl Guard {
-    pub fn hold(cell: u16, port: u16) -> Result<Guard, BusError> {
-        let deadline = Instant::now() + GUARD_TIMEOUT;
-        loop {
-            match Self::try_hold(port) {
-                Ok(socket) => return Ok(Guard { _socket: socket }),
-                Err(source) if source.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
-                    // a bounded wait for a bind, which nothing announces
-                    std::thread::park_timeout(Duration::from_millis(5));
-                }
-                Err(source) => {
-                    return Err(BusError::PortInUse {
-                        cell,
-                        port,
-                        purpose: "another program holds a port of DDS discovery; use another cell",
-                        source,
-                    });
-                }
-            }
+    /// None when another program holds the port for itself alone: then RustDDS cannot have it either.
+    pub fn hold(port: u16) -> Result<Option<Guard>, BusError> {
+        // processes of ours that make their participants just now hold it for some milliseconds: wait for those
+        match within(GUARD_TIMEOUT, || bind_port(port, false)) {
+            Ok(socket) => Ok(Some(Guard { _socket: socket })),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => Ok(None),
+            Err(source) => Err(BusError::Io { attempted: format!("hold UDP port {port}"), source }),
         }
     }
+}
 
-    fn try_hold(port: u16) -> io::Result<OwnedFd> {
-        let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(ipproto::UDP))?;
-        // shares the port with sockets that are there and share (other vendors' participants) ...
-        sockopt::set_socket_reuseaddr(&socket, true)?;
-        sockopt::set_socket_reuseport(&socket, true)?;
-        bind(&socket, &SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
-        // ... but not with those that come: Linux looks at both flags at each later bind
-        sockopt::set_socket_reuseaddr(&socket, false)?;
-        sockopt::set_socket_reuseport(&socket, false)?;
-        Ok(socket)
+/// RustDDS goes without the port of multicast discovery when it cannot have it, and then sees nobody: look first.
+pub(super) fn check_discovery_port(cell: u16) -> Result<(), BusError> {
+    let port = discovery_multicast(cell);
+    within(GUARD_TIMEOUT, || bind_port(port, true)).map(drop).map_err(|source| BusError::PortInUse {
+        cell,
+        port,
+        purpose: "multicast discovery needs it, and another program has it for itself alone; use another cell",
+        source,
+    })
+}
+
+fn within(limit: Duration, mut attempt: impl FnMut() -> io::Result<OwnedFd>) -> io::Result<OwnedFd> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match attempt() {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < deadline => {
+                // nothing announces that a port is free
+                std::thread::park_timeout(Duration::from_millis(5));
+            }
+            result => return result,
+        }
     }
+}
+
+/// Binds a port as DDS does, shared with sockets that are there and share (other vendors' participants); with
+/// `sharing` also with those that come.
+fn bind_port(port: u16, sharing: bool) -> io::Result<OwnedFd> {
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, Some(ipproto::UDP))?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    sockopt::set_socket_reuseport(&socket, true)?;
+    bind(&socket, &SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
+    // Linux looks at both flags at each later bind: without them nobody else gets in
+    sockopt::set_socket_reuseaddr(&socket, sharing)?;
+    sockopt::set_socket_reuseport(&socket, sharing)?;
+    Ok(socket)
 }
 
 /// A socket on one of the ports where RustDDS looks for local participants (the first twelve).
@@ -172,18 +186,25 @@ mod tests {
     fn a_guard_keeps_sharing_sockets_out_and_tolerates_those_that_were_there() {
         // an ephemeral port nobody else uses
         let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let sharing = || -> io::Result<OwnedFd> {
-            let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
-            sockopt::set_socket_reuseaddr(&socket, true)?;
-            sockopt::set_socket_reuseport(&socket, true)?;
-            bind(&socket, &SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))?;
-            Ok(socket)
-        };
+        let sharing = || bind_port(port, true);
         let before = sharing().unwrap();
-        let guard = Guard::try_hold(port).unwrap();
+        let guard = Guard::hold(port).unwrap();
+        assert!(guard.is_some());
         assert!(sharing().is_err(), "a later socket is kept out");
         drop(guard);
         drop(sharing().unwrap());
         drop(before);
+    }
+
+    #[test]
+    fn a_discovery_port_in_use_is_a_clear_error() {
+        let domain = crate::testing::free_domain();
+        let port = discovery_multicast(domain.cell());
+        let _greedy = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+        let error = crate::Bus::dds(&BusConfig { cell: domain.cell(), ..BusConfig::default() }).unwrap_err();
+        assert_eq!(error.code(), muster_common::ErrorCode::AddressInUse);
+        assert!(error.to_string().starts_with(&format!("bind UDP port {port} of cell {}", domain.cell())), "{error}");
+        // and without multicast nobody needs it
+        assert!(domain.bus().is_ok());
     }
 }
