@@ -81,7 +81,8 @@ impl Host {
             Some(kernel) => Boot::Direct {
                 kernel: self.boot_files.path(kernel),
                 initrd: template.initrd.as_ref().map(|d| self.boot_files.path(d)),
-                cmdline: template.spec.boot.cmdline.clone(),
+                // the one thing a template cannot know; a blank would part the word
+                cmdline: template.spec.boot.cmdline.replace("{name}", &record.name.replace(' ', "-")),
             },
         };
         let mut spec =

@@ -134,18 +134,16 @@ fn accelerator(config: &Config, info: &HypervisorInfo) -> (Accel, &'static str, 
     match config.hypervisor.accelerator {
         AcceleratorChoice::Kvm => (Accel::Kvm, "kvm", String::new()),
         AcceleratorChoice::Tcg => (Accel::Tcg, "tcg", String::new()),
-        AcceleratorChoice::Auto => match probe() {
-            Ok(()) => (Accel::Kvm, "kvm", String::new()),
-            Err(why) => (Accel::Tcg, "tcg", format!("KVM does not work here ({why}): guests run under TCG, slower")),
-        },
+        AcceleratorChoice::Auto => {
+            let probe = muster_virt::probe_kvm(muster_virt::probe::LIMIT, Some(&config.run_dir.join("kvm-probe.json")));
+            match probe.accel() {
+                Accel::Kvm => (Accel::Kvm, "kvm", String::new()),
+                Accel::Tcg => {
+                    (Accel::Tcg, "tcg", format!("no KVM, guests run under TCG, slower: {}", probe.reason))
+                }
+            }
+        }
     }
-}
-
-fn probe() -> Result<(), String> {
-    if !std::path::Path::new("/dev/kvm").exists() {
-        return Err("there is no /dev/kvm".into());
-    }
-    Err("not probed".into())
 }
 
 /// CIM's state for libvirt's.

@@ -13,6 +13,8 @@ use crate::{arguments::ShutdownPolicy, machines::enabled_state, records::VmRecor
 const LOOK: Duration = Duration::from_millis(200);
 /// A resume within about 10 ms of a disk's return pauses again: it has to be running this much later to count.
 const SETTLE: Duration = Duration::from_millis(150);
+/// A guest that still boots does not hear the power button: it is pressed again.
+const PRESS_AGAIN: Duration = Duration::from_secs(5);
 
 impl Work {
     fn vm(&self) -> Result<VmId, Failure> {
@@ -168,14 +170,20 @@ impl Work {
                 Err(f) => tracing::info!(vm = %vm, reason = f.message, "shutdown by guest agent failed, trying the power button"),
             }
         }
-        match self.call(Lane::Vm(vm), "shutdown by power button", move |h| h.shutdown(vm, ShutdownMode::Acpi)).await {
-            Ok(()) => asked = if asked.is_empty() { "power button" } else { "guest agent and power button" },
-            // it is off by now
-            Err(f) if f.code == ErrorCode::InvalidState => {}
-            Err(f) => tracing::info!(vm = %vm, reason = f.message, "the power button failed"),
-        }
-        if self.wait_until(EnabledState::Disabled, until_policy()).await.is_ok() {
-            return Ok(Done { message: format!("by the {asked}"), ..Done::default() });
+        let by_agent = !asked.is_empty();
+        loop {
+            match self.call(Lane::Vm(vm), "shutdown by power button", move |h| h.shutdown(vm, ShutdownMode::Acpi)).await {
+                Ok(()) => asked = if by_agent { "guest agent and power button" } else { "power button" },
+                // it is off by now
+                Err(f) if f.code == ErrorCode::InvalidState => {}
+                Err(f) => tracing::info!(vm = %vm, reason = f.message, "the power button failed"),
+            }
+            if self.wait_until(EnabledState::Disabled, until_policy().min(PRESS_AGAIN)).await.is_ok() {
+                return Ok(Done { message: format!("by the {asked}"), ..Done::default() });
+            }
+            if until_policy().is_zero() {
+                break;
+            }
         }
         match policy {
             ShutdownPolicy::Fail => {
@@ -201,13 +209,16 @@ impl Work {
     pub(super) async fn reboot(&self) -> Result<Done, Failure> {
         let vm = self.vm()?;
         let before = self.entry()?.reboots;
-        let mode = if self.guest_answers(vm).await { ShutdownMode::Agent } else { ShutdownMode::Acpi };
-        Self::tolerate_unknown(self.call(Lane::Vm(vm), "reboot", move |h| h.reboot(vm, mode)).await)?;
-        self.host.inventory.update(vm, |e| e.guest_up = false);
+        let mut pressed: Option<tokio::time::Instant> = None;
         loop {
             let changed = self.host.inventory.changed.notified();
             if self.entry()?.reboots != before {
                 break;
+            }
+            if pressed.is_none_or(|at| at.elapsed() >= PRESS_AGAIN) {
+                pressed = Some(tokio::time::Instant::now());
+                let mode = if self.guest_answers(vm).await { ShutdownMode::Agent } else { ShutdownMode::Acpi };
+                Self::tolerate_unknown(self.call(Lane::Vm(vm), "reboot", move |h| h.reboot(vm, mode)).await)?;
             }
             if self.left().is_zero() {
                 return Err(Failure::timeout("the guest did not reboot in time"));
@@ -215,6 +226,7 @@ impl Work {
             // the event thread counts reboots; whichever comes first
             let _ = tokio::time::timeout(LOOK.min(self.left()), changed).await;
         }
+        self.host.inventory.update(vm, |e| e.guest_up = false);
         self.wait_for(EnabledState::Enabled).await.map(|()| Done::default())
     }
 
