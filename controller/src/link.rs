@@ -96,11 +96,11 @@ pub fn start(
     for Joined { bus, readers, writers } in joined {
         let cell = bus.cell();
         let (outbox, outgoing) = sync_channel(OUTBOX);
-        let (bus_out, back) = (bus.clone(), handle.way_back());
+        let back = handle.way_back();
         threads.push(
             std::thread::Builder::new()
                 .name(format!("bus-out-{cell}"))
-                .spawn(move || write(&bus_out, &writers, &outgoing, &back))?,
+                .spawn(move || write(cell, &writers, &outgoing, &back))?,
         );
         let described = bus.clone();
         let describe = Arc::new(move || (described.participant_guid(), described.diagnosis()));
@@ -157,8 +157,7 @@ fn read<T: Topic>(
     });
 }
 
-fn write(bus: &Bus, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &WayBack) {
-    let cell = bus.cell();
+fn write(cell: u16, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &WayBack) {
     while let Ok(next) = outgoing.recv() {
         let (what, done) = match next {
             Outgoing::State(state) => ("controller state", writers.state.publish(&state)),
@@ -172,7 +171,6 @@ fn write(bus: &Bus, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &Way
                 back.input(said);
                 ("command", done)
             }
-            Outgoing::Rebuild => ("participant", bus.rebuild()),
         };
         if let Err(error) = done {
             tracing::warn!(cell, what, err = %Chain(&error), "bus did not take it");

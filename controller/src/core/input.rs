@@ -32,8 +32,6 @@ pub enum Input {
 /// The controller's heartbeat.
 const STATE_EVERY_US: u64 = 1_000_000;
 const PRUNE_EVERY_US: u64 = 3600 * 1_000_000;
-/// The lease of RustDDS is 50 s; a participant that was silent for longer never matches the same one again.
-const REBUILD_AFTER_US: u64 = 60 * 1_000_000;
 
 impl Core {
     pub(super) fn take_in(&mut self, input: Input) {
@@ -215,7 +213,6 @@ impl Core {
         let actions = self.engine.tick(now_us, &Seen(&self.inventory));
         self.attempt(|core| core.apply(actions));
         self.flush_usage(now_us);
-        self.rebuild_silent_cells(now_us);
         if now_us.saturating_sub(self.last_state_us) >= STATE_EVERY_US {
             self.last_state_us = now_us;
             let state = v1::ControllerState {
@@ -245,28 +242,6 @@ impl Core {
     fn flush_usage(&mut self, now_us: u64) {
         for minute in self.usage.take_complete(now_us) {
             self.attempt(|core| core.db.add_usage(&minute));
-        }
-    }
-
-    /// A host heard before and silent for longer than the lease may be there and unable to match us again: join afresh.
-    /// Again after twice as long while it stays silent, as it is more likely to be off.
-    fn rebuild_silent_cells(&mut self, now_us: u64) {
-        let silent: std::collections::BTreeSet<u16> = self
-            .inventory
-            .hosts()
-            .filter(|(_, host)| host.last_seen_us > 0 && !host.online)
-            .filter(|(_, host)| now_us.saturating_sub(host.last_seen_us) > REBUILD_AFTER_US)
-            .map(|(_, host)| host.cell)
-            .collect();
-        self.rebuilds.retain(|cell, _| silent.contains(cell));
-        for cell in silent {
-            let (last_us, times) = self.rebuilds.get(&cell).copied().unwrap_or((0, 0));
-            if now_us.saturating_sub(last_us) < REBUILD_AFTER_US << times.min(5) {
-                continue;
-            }
-            self.rebuilds.insert(cell, (now_us, times + 1));
-            tracing::info!(cell, "hosts silent for longer than a lease, joining the cell afresh");
-            self.effect(Effect::Send { cell, outgoing: Outgoing::Rebuild });
         }
     }
 }

@@ -52,8 +52,6 @@ pub enum Outgoing {
     State(v1::ControllerState),
     Groups(v1::GroupSet),
     Command { id: CommandId, sample: Box<v1::GroupCommand> },
-    /// Leave and join again: hosts of it have been silent for longer than a DDS lease.
-    Rebuild,
 }
 
 /// Done only when the batch is durable.
@@ -200,7 +198,6 @@ pub struct Core {
     touched: bool,
     last_state_us: u64,
     last_prune_us: u64,
-    rebuilds: BTreeMap<u16, (u64, u32)>,
 }
 
 /// Whether hosts are there, for the engine.
@@ -251,7 +248,6 @@ impl Core {
             touched: false,
             last_state_us: 0,
             last_prune_us: now_us,
-            rebuilds: BTreeMap::new(),
         };
         for host in core.db.hosts()? {
             core.inventory.restore_host(host.id, host.cell, host.description);

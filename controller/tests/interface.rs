@@ -1,0 +1,358 @@
+//! The REST interface: groups, images, templates, VMs, bad input, who may ask.
+
+mod fake;
+
+use std::{os::unix::fs::PermissionsExt, sync::Arc};
+
+use fake::{Fleet, Mood, client, command, config, ended, wait_for};
+use muster_api::{
+    ChangeGroup, CreateGroup, CreateTemplate, CreateVms, GroupMembers, ImportByPath, ImportQuery, Job, JobState,
+    ListQuery, NetworkMode, PullImage, Upload, Verb, VmStanding,
+};
+use muster_bus::twin::{LossConfig, Network};
+use muster_common::{ByteLen, ErrorCode, SystemClock};
+use muster_controller::{Controller, StartError};
+
+fn members(vms: &[&str], groups: &[&str]) -> GroupMembers {
+    let texts = |texts: &[&str]| texts.iter().map(|t| t.to_string()).collect();
+    GroupMembers { hosts: Vec::new(), vms: texts(vms), groups: texts(groups) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn groups_are_nested_and_cycles_and_lost_updates_are_refused() {
+    let fleet = Fleet::start(1).await;
+    let c = &fleet.client;
+    let create = |path: &str| CreateGroup { path: path.into(), members: GroupMembers::default() };
+    c.create_group(&create("school/lab1")).await.unwrap();
+    c.create_group(&create("staff")).await.unwrap();
+    let school = c.group("school").await.unwrap();
+    assert_eq!(school.groups, ["school/lab1"], "parents are made");
+    assert_eq!(c.create_group(&create("staff")).await.unwrap_err().code(), ErrorCode::AlreadyExists);
+    assert_eq!(c.create_group(&create("a//b")).await.unwrap_err().code(), ErrorCode::InvalidArgument);
+
+    let add = |groups: &[&str]| ChangeGroup { add: members(&[], groups), remove: GroupMembers::default() };
+    c.change_group("school/lab1", &add(&["staff"]), None).await.unwrap();
+    let cycle = c.change_group("staff", &add(&["school"]), None).await.unwrap_err();
+    assert_eq!(cycle.code(), ErrorCode::GroupCycle);
+    assert!(cycle.to_string().contains("school > school/lab1 > staff"), "{cycle}");
+
+    let hosts = ChangeGroup {
+        add: GroupMembers { hosts: vec!["host1".into()], ..Default::default() },
+        remove: GroupMembers::default(),
+    };
+    let changed = c.change_group("school", &hosts, Some(school.version)).await.unwrap();
+    assert_eq!((changed.hosts[0].name.as_str(), changed.total_hosts), ("host1", 1));
+    let lost = c.change_group("school", &hosts, Some(school.version)).await.unwrap_err();
+    assert_eq!(lost.code(), ErrorCode::Conflict);
+    assert_eq!(lost.problem().unwrap().status, 412);
+
+    let unknown = c.group("school/lab2").await.unwrap_err();
+    assert_eq!(unknown.code(), ErrorCode::NotFound);
+    assert!(unknown.problem().unwrap().near.contains(&"school/lab1".to_string()));
+    assert_eq!(c.host("host9").await.unwrap_err().problem().unwrap().near, ["host1"]);
+    let nobody = c.create_command(&command(Verb::Drain, &["staff"], 5), None).await.unwrap_err();
+    assert_eq!(nobody.code(), ErrorCode::InvalidArgument);
+
+    // the fleet is told of the whole set, and a restart keeps it
+    let epoch = c.status().await.unwrap().group_epoch;
+    let mut sets = fleet.network.join("watcher").subscriber::<muster_idl::v1::GroupSet>(4).unwrap();
+    c.delete_group("school", None).await.unwrap();
+    wait_for("the group set", async || {
+        sets.try_recv().and_then(|s| s.value()).is_some_and(|set| set.epoch > epoch && set.groups.len() == 1)
+    })
+    .await;
+    let Fleet { controller, network, dir, .. } = fleet;
+    controller.shutdown().await;
+    let controller = fake::start_controller(&network, dir.path()).await;
+    let groups = client(&controller).groups(&ListQuery::default()).await.unwrap();
+    assert_eq!(groups.items.iter().map(|g| g.path.as_str()).collect::<Vec<_>>(), ["staff"]);
+    controller.shutdown().await;
+}
+
+fn import(name: &str, path: &std::path::Path) -> ImportByPath {
+    ImportByPath { name: name.into(), path: path.display().to_string(), ..Default::default() }
+}
+
+async fn follow(fleet: &Fleet, job: Job) -> Job {
+    fleet.client.follow_job(&job.id, |_| ()).await.unwrap()
+}
+
+fn code(job: &Job) -> &str {
+    job.problem.as_ref().map_or("ok", |problem| problem.code.as_str())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_are_imported_pulled_and_deleted() {
+    let fleet = Fleet::start(1).await;
+    fleet.template().await;
+    let c = &fleet.client;
+    let image = c.image("debian").await.unwrap();
+    assert_eq!((image.revision, image.logical_bytes, image.resident_estimate_bytes), (1, 1 << 20, 8192));
+    assert_eq!(c.image("debian@1").await.unwrap(), image);
+    assert_eq!(c.image(&image.digest.to_string()).await.unwrap(), image);
+    assert_eq!(c.image("debain").await.unwrap_err().problem().unwrap().near, ["debian"]);
+
+    // the bulk endpoint gives the same bytes, also when the source is gone
+    std::fs::remove_file(fleet.dir.path().join("disk.raw")).unwrap();
+    let base = format!("{}/bulk/v1", fleet.controller.stream_endpoint());
+    let http = reqwest::Client::new();
+    let bytes = http.get(format!("{base}/manifests/{}", image.digest)).send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(blake3::hash(&bytes).as_bytes(), image.digest.as_bytes());
+    let missing = http.post(format!("{base}/chunks")).body(vec![7u8; 32]).send().await.unwrap();
+    assert_eq!(missing.status(), 404);
+    let odd = http.post(format!("{base}/chunks")).body(vec![7u8; 33]).send().await.unwrap();
+    assert_eq!(odd.status(), 400);
+
+    // the same content under another name, another content under the same name
+    let mut other = vec![0u8; 1 << 20];
+    other[..8].copy_from_slice(b"a system");
+    other[500_000] = 7;
+    let query = ImportQuery { name: "copy".into(), ..Default::default() };
+    let job = follow(&fleet, c.import_image(&query, Upload::bytes(other.clone())).await.unwrap()).await;
+    assert_eq!((job.state, code(&job)), (JobState::Failed, "already-exists"));
+    other[9] = 1;
+    let query = ImportQuery { name: "debian".into(), ..Default::default() };
+    let taken = c.import_image(&query, Upload::bytes(other.clone())).await.unwrap_err();
+    assert_eq!(taken.code(), ErrorCode::AlreadyExists);
+    let kernel = c.put_blob(Upload::bytes(b"a kernel".to_vec())).await.unwrap();
+    let query = ImportQuery {
+        new_revision: true,
+        kernel: Some(kernel.digest),
+        cmdline: Some("console=ttyS0".into()),
+        ..query
+    };
+    let job = follow(&fleet, c.import_image(&query, Upload::bytes(other)).await.unwrap()).await;
+    assert_eq!(code(&job), "ok");
+    let second = c.image("debian").await.unwrap();
+    assert_eq!((second.revision, second.boot.kernel), (2, Some(kernel.digest)));
+    assert_eq!(second.new_bytes, 65536, "one chunk differs");
+    let blob = http.get(format!("{base}/blobs/{}", kernel.digest)).send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(&blob[..], b"a kernel");
+    assert_eq!(std::fs::read_dir(fleet.dir.path().join("state/incoming")).unwrap().count(), 0, "uploads are removed");
+
+    let pull = PullImage { target: vec!["host1".into()], timeout_seconds: Some(5) };
+    let pulled = c.pull_image("debian@2", &pull, None).await.unwrap();
+    assert_eq!(pulled.arguments["digest"], second.digest.to_string());
+    ended(c, &pulled.summary.id.to_string()).await;
+
+    assert_eq!(c.delete_image("debian@1").await.unwrap_err().code(), ErrorCode::InUse);
+    c.delete_image("debian@2").await.unwrap();
+    assert_eq!(c.image("debian").await.unwrap().revision, 1);
+    c.delete_template("desk", None).await.unwrap();
+    c.delete_image("debian").await.unwrap();
+    wait_for("the bytes to be gone", async || {
+        http.get(format!("{base}/manifests/{}", image.digest)).send().await.unwrap().status() == 404
+    })
+    .await;
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_images_are_refused_by_name_of_what_is_wrong() {
+    let fleet = Fleet::start(1).await;
+    let dir = fleet.dir.path();
+    let mut qcow2 = vec![0u8; 65536];
+    qcow2[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    // a backing file: offset 65000, 9 bytes long
+    qcow2[8..16].copy_from_slice(&65000u64.to_be_bytes());
+    qcow2[16..20].copy_from_slice(&9u32.to_be_bytes());
+    qcow2[65000..65009].copy_from_slice(b"/etc/hide");
+    let cases: [(&str, Vec<u8>, &[&str]); 4] = [
+        ("backed", qcow2, &["external-reference", "corrupt"]),
+        ("empty", Vec::new(), &["corrupt"]),
+        ("odd", vec![1; 1000], &["corrupt"]),
+        ("packed", b"\x1f\x8b\x08 this is gzip".repeat(64), &["unsupported-format"]),
+    ];
+    for (name, bytes, codes) in cases {
+        let path = dir.join(name);
+        std::fs::write(&path, bytes).unwrap();
+        let job = fleet.client.import_image_by_path(&import(name, &path)).await.unwrap();
+        let job = follow(&fleet, job).await;
+        assert!(codes.contains(&code(&job)), "{name}: {:?}", job.problem);
+    }
+    let missing = fleet.client.import_image_by_path(&import("gone", &dir.join("gone"))).await.unwrap();
+    assert_eq!(code(&follow(&fleet, missing).await), "not-found");
+    let relative = fleet.client.import_image_by_path(&import("x", std::path::Path::new("x.raw"))).await;
+    assert_eq!(relative.unwrap_err().code(), ErrorCode::InvalidArgument);
+    assert!(fleet.client.all_images().await.unwrap().is_empty());
+
+    // larger than any budget (1 GiB): every block differs
+    let path = dir.join("huge.raw");
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(8 << 20).unwrap();
+    drop(file);
+    let estimate = fleet
+        .client
+        .estimate_file(&muster_api::EstimateRequest { path: path.display().to_string(), ..Default::default() })
+        .await
+        .unwrap();
+    assert_eq!((estimate.logical_bytes, estimate.resident_bytes), (8 << 20, 0), "zeros take nothing");
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn vms_are_made_where_there_is_room_and_refused_ones_leave_nothing() {
+    let mut fleet = Fleet::start(2).await;
+    fleet.template().await;
+    let c = fleet.client.clone();
+    let create = |names: &[&str]| CreateVms {
+        template: "desk".into(),
+        names: names.iter().map(|n| n.to_string()).collect(),
+        ..Default::default()
+    };
+    let error = async |create: CreateVms| c.create_vms(&create, None).await.unwrap_err().code();
+    assert_eq!(error(CreateVms { template: "dsk".into(), ..create(&["a"]) }).await, ErrorCode::NotFound);
+    assert_eq!(error(create(&[])).await, ErrorCode::InvalidArgument);
+    assert_eq!(error(create(&["a", "a"])).await, ErrorCode::AlreadyExists);
+    assert_eq!(error(create(&["-a"])).await, ErrorCode::InvalidArgument);
+    assert_eq!(error(CreateVms { hosts: vec!["host7".into()], ..create(&["a"]) }).await, ErrorCode::NotFound);
+    assert_eq!(error(CreateVms { count: Some(500), names: vec![], ..create(&[]) }).await, ErrorCode::NoSpace);
+    assert!(c.all_vms(&[]).await.unwrap().is_empty(), "a refused request leaves nothing");
+
+    let made = c.create_vms(&create(&["a", "b"]), None).await.unwrap();
+    assert_ne!(made.vms[0].host, made.vms[1].host, "evenly");
+    ended(&c, &made.command.to_string()).await;
+    assert_eq!(error(create(&["a"])).await, ErrorCode::AlreadyExists);
+    let more = CreateVms { count: Some(2), pattern: Some("{host}-x{n}".into()), ..create(&[]) };
+    let more = c.create_vms(&more, None).await.unwrap();
+    let mut names: Vec<&str> = more.vms.iter().map(|vm| vm.name.as_str()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["host1-x01", "host2-x01"]);
+    ended(&c, &more.command.to_string()).await;
+    assert_eq!(c.delete_template("desk", None).await.unwrap_err().code(), ErrorCode::InUse);
+
+    // refused by its host: wanted no more, and out of its groups
+    for agent in &fleet.agents {
+        agent.set_mood(Mood::Refuses);
+    }
+    let refused = CreateVms { groups: vec!["lab".into()], ..create(&["c"]) };
+    let refused = c.create_vms(&refused, None).await.unwrap();
+    ended(&c, &refused.command.to_string()).await;
+    assert_eq!(c.vm("c").await.unwrap_err().code(), ErrorCode::NotFound);
+    assert_eq!(c.group("lab").await.unwrap().total_vms, 0);
+    for agent in &fleet.agents {
+        agent.set_mood(Mood::Obeys);
+    }
+
+    // its word is missing: doubtful, until the host speaks of it or it is deleted
+    let deleted = c.delete_vm("a").await.unwrap();
+    ended(&c, &deleted.summary.id.to_string()).await;
+    wait_for("the VM to be gone", async || c.vm("a").await.is_err()).await;
+    for agent in &fleet.agents {
+        agent.set_mood(Mood::Mute);
+    }
+    let doubtful = CreateVms { timeout_seconds: Some(1), ..create(&["d"]) };
+    let doubtful = c.create_vms(&doubtful, None).await.unwrap();
+    assert_eq!(c.vm("d").await.unwrap().standing, VmStanding::Creating);
+    ended(&c, &doubtful.command.to_string()).await;
+    assert_eq!(c.vm("d").await.unwrap().standing, VmStanding::Doubtful);
+
+    // backups are what verdicts tell of
+    for agent in &fleet.agents {
+        agent.set_mood(Mood::Obeys);
+    }
+    let backup = c.create_command(&command(Verb::Backup, &["b"], 5), None).await.unwrap();
+    ended(&c, &backup.summary.id.to_string()).await;
+    let backups = c.all_backups(&["b".into()]).await.unwrap();
+    assert_eq!((backups.len(), backups[0].vm_name.as_str()), (1, "b"));
+    assert!(c.all_volumes(&["b".into()]).await.unwrap().iter().all(|v| v.image_name == "debian@1"));
+
+    let on_dead = fleet.agents[0].name.clone();
+    fleet.agents[0].kill();
+    wait_for("the host to be offline", async || {
+        c.host(&on_dead).await.unwrap().state == muster_api::HostState::Offline
+    })
+    .await;
+    let dead = CreateVms { hosts: vec![on_dead], ..create(&["e"]) };
+    assert_eq!(error(dead).await, ErrorCode::HostOffline);
+    let top = c.top().await.unwrap();
+    assert_eq!((top.hosts.len(), top.status.lab), (2, true));
+    assert!(c.doctor().await.unwrap().checks.iter().any(|check| check.name == "host host1"));
+    let events = c.events(&Default::default()).await.unwrap().items;
+    let kinds: Vec<&str> = events.iter().map(|event| event.kind.as_str()).collect();
+    for kind in ["controller-started", "host-online", "agent-started", "command-ended", "host-offline"] {
+        assert!(kinds.contains(&kind), "{kind} in {kinds:?}");
+    }
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn arguments_are_checked_before_anything_is_published() {
+    let fleet = Fleet::start(1).await;
+    let before = fleet.network.published("muster_v1_group_command");
+    let text = async |order: muster_api::CreateCommand| {
+        let error = fleet.client.create_command(&order, None).await.unwrap_err();
+        assert_eq!(error.code(), ErrorCode::InvalidArgument);
+        error.to_string()
+    };
+    let mut pull = command(Verb::ImagePull, &["host1"], 5);
+    assert!(text(pull.clone()).await.contains("needs the argument \"digest\""));
+    pull.arguments.insert("digest".into(), "abc".into());
+    assert!(text(pull).await.contains("64 hexadecimal digits"));
+    assert!(text(command(Verb::Create, &["host1"], 5)).await.contains("POST /v1/vms"));
+    assert!(text(command(Verb::Drain, &["host1"], 0)).await.contains("timeout"));
+    let mut wrong = command(Verb::Drain, &["host1"], 5);
+    wrong.target_kind = Some(muster_api::TargetKind::Vm);
+    assert!(text(wrong).await.contains("drain is a verb for hosts"));
+    let create = CreateTemplate {
+        name: "t".into(),
+        image: "none".into(),
+        vcpus: 1,
+        memory: ByteLen(512),
+        data_volume: None,
+        boot: None,
+        network: NetworkMode::None,
+    };
+    assert!(fleet.client.create_template(&create).await.unwrap_err().to_string().contains("without a unit are bytes"));
+    assert_eq!(fleet.network.published("muster_v1_group_command"), before);
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_this_machine_asks_and_lab_mode_is_said_everywhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let network = Network::new(1, LossConfig::NONE);
+    let mut config = config(dir.path());
+    config.api.http_port = Some(0);
+    let clock = Arc::new(SystemClock);
+    let controller = Controller::start_with(config.clone(), clock.clone(), vec![network.join("c")]).await.unwrap();
+    let base = format!("http://{}", controller.http().unwrap());
+    let http = reqwest::Client::new();
+    let answer = http.get(format!("{base}/v1/status")).send().await.unwrap();
+    assert_eq!((answer.status().as_u16(), answer.headers()["muster-lab"].to_str().unwrap()), (200, "true"));
+    for (name, value) in [("host", "evil.example"), ("origin", "http://evil.example")] {
+        let answer = http.get(format!("{base}/v1/status")).header(name, value).send().await.unwrap();
+        assert_eq!(answer.status(), 403, "{name}: {value}");
+        assert_eq!(answer.headers()["content-type"], "application/problem+json");
+        assert_eq!(answer.headers()["muster-lab"], "true");
+    }
+    // what a page can send without asking first is not taken
+    let plain = http.post(format!("{base}/v1/groups")).body("{\"path\":\"x\"}").send().await.unwrap();
+    assert_eq!(plain.status(), 400);
+    let body = serde_json::json!({"name": "x", "path": "/etc/shadow"});
+    let file = http.post(format!("{base}/v1/images/import")).json(&body).send().await.unwrap();
+    assert_eq!(file.status(), 403, "files are read for the socket's users only");
+    let nowhere: muster_api::Problem = http.get(format!("{base}/v1/nope")).send().await.unwrap().json().await.unwrap();
+    assert_eq!(nowhere.code, "not-found");
+    let method = http.put(format!("{base}/v1/hosts")).send().await.unwrap();
+    assert_eq!((method.status().as_u16(), &method.headers()["content-type"].to_str().unwrap()[..]), (405, "application/problem+json"));
+    let limit = http.get(format!("{base}/v1/hosts?limit=0")).send().await.unwrap();
+    assert_eq!(limit.status(), 400);
+    let document: serde_json::Value = client(&controller).openapi().await.unwrap();
+    assert_eq!(document["info"]["title"], "Muster controller");
+    let mode = std::fs::metadata(controller.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+
+    // a second one: the directory, the port
+    let second = Controller::start_with(config.clone(), clock.clone(), vec![network.join("c2")]).await;
+    assert!(matches!(second, Err(StartError::Locked { .. })), "{:?}", second.err());
+    config.api.http_port = Some(controller.http().unwrap().port());
+    config.state_dir = dir.path().join("other");
+    let error = Controller::start_with(config.clone(), clock.clone(), vec![]).await.err().unwrap();
+    assert_eq!(error.code(), ErrorCode::AddressInUse);
+    assert!(error.to_string().contains("api.http_port"), "{error}");
+    config.lab = false;
+    let error = Controller::start_with(config, clock, vec![]).await.err().unwrap();
+    assert!(muster_common::Chain(&error).to_string().contains("set lab = true"));
+    controller.shutdown().await;
+}
