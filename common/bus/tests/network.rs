@@ -124,9 +124,9 @@ fn an_outage_of_seconds_loses_nothing_reliable() {
 }
 
 /// The fault of RustDDS that the watchdog is for: participants that lost each other by time-out (50 s) never match
-/// again. Takes two minutes, hence not in each run: `cargo test -p muster-bus --test network -- --ignored`.
+/// again. Takes a minute, hence not in each run: `cargo test -p muster-bus --test network -- --ignored`.
 #[test]
-#[ignore = "takes two minutes: the lease of RustDDS is fixed at 50 s"]
+#[ignore = "takes a minute: the lease of RustDDS is fixed at 50 s"]
 fn after_an_outage_longer_than_the_lease_hosts_match_again() {
     let Some(hosts) = Namespaces::make() else { return };
     let domain = free_domain();
@@ -135,6 +135,7 @@ fn after_an_outage_longer_than_the_lease_hosts_match_again() {
     let commands = a.publisher::<GroupCommand>().unwrap();
     let mut inbox = b.subscriber::<GroupCommand>(16).unwrap();
     wait_until("they match", LIMIT, || inbox.matched() == 1 && commands.matched() == 1);
+    let before = [a.participant_guid(), b.participant_guid()];
     hosts.cable(false);
     wait_until("both have lost each other", Duration::from_secs(90), || {
         inbox.matched() == 0 && commands.matched() == 0
@@ -143,6 +144,7 @@ fn after_an_outage_longer_than_the_lease_hosts_match_again() {
     let plugged = Instant::now();
     wait_until("they match again", Duration::from_secs(60), || inbox.matched() == 1 && commands.matched() == 1);
     eprintln!("matched {:?} after the cable was back", plugged.elapsed());
+    assert_ne!([a.participant_guid(), b.participant_guid()], before, "the watchdog has rebuilt one of them");
     commands.publish(&samples::group_command()).unwrap();
     assert_eq!(inbox.recv_timeout(LIMIT).unwrap().value().unwrap(), samples::group_command());
 }
