@@ -130,7 +130,16 @@ async fn images_are_imported_pulled_and_deleted() {
     assert_eq!(&blob[..], b"a kernel");
     assert_eq!(std::fs::read_dir(fleet.dir.path().join("state/incoming")).unwrap().count(), 0, "uploads are removed");
 
+    // a store that cannot hold it
     let pull = PullImage { target: vec!["host1".into()], timeout_seconds: Some(5) };
+    fleet.agents[0].set_budget(4096);
+    wait_for("the small budget", async || c.store("host1").await.unwrap().budget_bytes == 4096).await;
+    let large = c.pull_image("debian@2", &pull, None).await.unwrap_err();
+    assert_eq!(large.code(), ErrorCode::NoSpace);
+    assert!(large.to_string().contains("budget of 4 KiB"), "{large}");
+    assert_eq!(c.estimate_image("debian@2").await.unwrap().too_large_for, ["host1"]);
+    fleet.agents[0].set_budget(1 << 30);
+    wait_for("the usual budget", async || c.store("host1").await.unwrap().budget_bytes == 1 << 30).await;
     let pulled = c.pull_image("debian@2", &pull, None).await.unwrap();
     assert_eq!(pulled.arguments["digest"], second.digest.to_string());
     ended(c, &pulled.summary.id.to_string()).await;
@@ -176,8 +185,7 @@ async fn bad_images_are_refused_by_name_of_what_is_wrong() {
     assert_eq!(relative.unwrap_err().code(), ErrorCode::InvalidArgument);
     assert!(fleet.client.all_images().await.unwrap().is_empty());
 
-    // larger than any budget (1 GiB): every block differs
-    let path = dir.join("huge.raw");
+    let path = dir.join("hole.raw");
     let file = std::fs::File::create(&path).unwrap();
     file.set_len(8 << 20).unwrap();
     drop(file);

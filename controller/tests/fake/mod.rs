@@ -39,6 +39,7 @@ struct State {
     /// Command and VM to the verdict: the durable ledger of a real agent.
     ledger: BTreeMap<(String, String), v1::Verdict>,
     executed: u64,
+    budget_bytes: u64,
 }
 
 /// An agent: heartbeats, one VM table, verdicts.
@@ -63,7 +64,7 @@ impl FakeAgent {
         host: HostId,
         ledger: BTreeMap<(String, String), v1::Verdict>,
     ) -> Self {
-        let state = State { mood: Mood::Obeys, vms: BTreeMap::new(), ledger, executed: 0 };
+        let state = State { mood: Mood::Obeys, vms: BTreeMap::new(), ledger, executed: 0, budget_bytes: 1 << 30 };
         let state = Arc::new(Mutex::new(state));
         let alive = Arc::new(AtomicBool::new(true));
         let heard = Arc::new(AtomicU64::new(0));
@@ -82,6 +83,9 @@ impl FakeAgent {
 
     pub fn set_mood(&self, mood: Mood) {
         self.state.lock().unwrap().mood = mood;
+    }
+    pub fn set_budget(&self, bytes: u64) {
+        self.state.lock().unwrap().budget_bytes = bytes;
     }
     pub fn executed(&self) -> u64 {
         self.state.lock().unwrap().executed
@@ -154,6 +158,7 @@ impl Running {
                 counter += 1;
                 let _ = heartbeat.publish(&beat);
                 let _ = metrics.publish(&self.metrics());
+                let _ = store.publish(&self.store());
                 for system in self.state.lock().unwrap().vms.values() {
                     let _ = systems.publish(system);
                 }
@@ -331,7 +336,7 @@ impl Running {
         v1::StoreState {
             host: self.host.clone(),
             sampled_at_us: now_us(),
-            budget_bytes: 1 << 30,
+            budget_bytes: self.state.lock().unwrap().budget_bytes,
             resident_bytes: 0,
             metadata_bytes: 0,
             logical_bytes: 0,
