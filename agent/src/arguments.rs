@@ -243,7 +243,8 @@ mod tests {
         let good = crate::records::tests::template(&image);
         let json = serde_json::to_string(&good).unwrap();
         assert_eq!(template(&order(&[("template", &json)])).unwrap().image.to_string(), image);
-        for (field, value) in [("image", "\"abc\""), ("vcpus", "0"), ("memory_bytes", "5"), ("data_volume_bytes", "7")] {
+        for (field, value) in [("image", "\"abc\""), ("vcpus", "0"), ("memory_bytes", "5"), ("data_volume_bytes", "7")]
+        {
             let mut value_of: serde_json::Value = serde_json::from_str(&json).unwrap();
             value_of[field] = serde_json::from_str(value).unwrap();
             assert!(template(&order(&[("template", &value_of.to_string())])).is_err(), "{field}");

@@ -266,12 +266,7 @@ impl Config {
     }
 
     pub fn bus(&self) -> BusConfig {
-        BusConfig {
-            cell: self.cell,
-            interface: self.interface,
-            peers: self.peers.clone(),
-            multicast: self.multicast,
-        }
+        BusConfig { cell: self.cell, interface: self.interface, peers: self.peers.clone(), multicast: self.multicast }
     }
 
     pub fn backup_directory(&self) -> PathBuf {

@@ -15,7 +15,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{accounting, host::Host, stop::{Stop, prepare_stop}};
+use crate::{
+    accounting,
+    host::Host,
+    stop::{Stop, prepare_stop},
+};
 
 /// Longer requests are nonsense.
 const LIMIT: u64 = 4096;

@@ -114,14 +114,19 @@ impl Driver {
             self.carry_out(said, &mut running).await;
         }
         if !running.set.is_empty() {
-            tracing::warn!(orders = running.set.len(), "stopping with orders at work: the next run reads back what came of them");
+            tracing::warn!(
+                orders = running.set.len(),
+                "stopping with orders at work: the next run reads back what came of them"
+            );
         }
         running.set.shutdown().await;
     }
 
     async fn carry_out(&mut self, actions: Vec<Action>, running: &mut Running) {
-        let records: Vec<Entry> =
-            actions.iter().filter_map(|a| if let Action::Record(entry) = a { Some(entry.clone()) } else { None }).collect();
+        let records: Vec<Entry> = actions
+            .iter()
+            .filter_map(|a| if let Action::Record(entry) = a { Some(entry.clone()) } else { None })
+            .collect();
         let durable = self.record(records).await;
         for action in actions {
             match action {
@@ -136,8 +141,9 @@ impl Driver {
                     let host = Arc::clone(&self.host);
                     let task = order.task;
                     tracing::info!(cmd = %order.command, vm = order.member, verb = %order.verb, "command begun");
-                    let job =
-                        async move { Event::Ended { task, ending: executor::run(host, order, expected, wait_only).await } };
+                    let job = async move {
+                        Event::Ended { task, ending: executor::run(host, order, expected, wait_only).await }
+                    };
                     running.spawn(Job::Act(task), Some(task), job);
                 }
                 Action::Inspect(order) | Action::Act { order, .. } => {

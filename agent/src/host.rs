@@ -85,8 +85,7 @@ impl Host {
                 cmdline: template.spec.boot.cmdline.replace("{name}", &record.name.replace(' ', "-")),
             },
         };
-        let mut spec =
-            DomainSpec::new(record.vm, record.name.clone(), template.memory, boot, self.machines.accel());
+        let mut spec = DomainSpec::new(record.vm, record.name.clone(), template.memory, boot, self.machines.accel());
         spec.vcpus = template.spec.vcpus;
         spec.max_vcpus = template.spec.vcpus;
         spec.vnc_socket = Some(self.vnc_socket(record.vm));

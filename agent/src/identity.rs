@@ -59,8 +59,11 @@ pub struct Identity {
 impl Identity {
     /// Takes the state directory and reads or makes the host id.
     pub fn open(state_dir: &Path) -> Result<Self, IdentityError> {
-        fs::create_dir_all(state_dir)
-            .map_err(|source| IdentityError::Io { action: "create state directory", path: state_dir.into(), source })?;
+        fs::create_dir_all(state_dir).map_err(|source| IdentityError::Io {
+            action: "create state directory",
+            path: state_dir.into(),
+            source,
+        })?;
         let lock = lock(state_dir)?;
         Ok(Self {
             host: host_id(state_dir)?,
@@ -114,8 +117,11 @@ fn host_id(state_dir: &Path) -> Result<HostId, IdentityError> {
         Ok(text) => text.trim().parse().map_err(|_| IdentityError::Malformed { path, text: text.trim().into() }),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let id = HostId::random();
-            write_durably(&path, format!("{id}\n").as_bytes())
-                .map_err(|source| IdentityError::Io { action: "write host id", path, source })?;
+            write_durably(&path, format!("{id}\n").as_bytes()).map_err(|source| IdentityError::Io {
+                action: "write host id",
+                path,
+                source,
+            })?;
             Ok(id)
         }
         Err(source) => Err(IdentityError::Io { action: "read host id", path, source }),

@@ -144,7 +144,8 @@ impl Images {
     ) -> Result<(Arc<Image>, Pulled), PullError> {
         let url = format!("{source}/bulk/v1/manifests/{digest}");
         let bytes = self.get(&url, MANIFEST_LIMIT).await?;
-        let manifest = Manifest::parse_named(&bytes, &digest).map_err(|source| PullError::Manifest { digest, source })?;
+        let manifest =
+            Manifest::parse_named(&bytes, &digest).map_err(|source| PullError::Manifest { digest, source })?;
         let manifest = Arc::new(manifest);
         let before = self.store.stats().resident_bytes.bytes();
 

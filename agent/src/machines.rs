@@ -28,14 +28,8 @@ impl Machines {
     /// and says so. Blocks for some seconds (capabilities, KVM probe).
     pub fn open(config: &Config, given: Option<Arc<dyn Hypervisor>>) -> Self {
         let timeout = config.timeouts.hypervisor_call();
-        let none = |remark: String| Self {
-            pool: None,
-            info: None,
-            accel: Accel::Tcg,
-            accelerator: "none",
-            remark,
-            timeout,
-        };
+        let none =
+            |remark: String| Self { pool: None, info: None, accel: Accel::Tcg, accelerator: "none", remark, timeout };
         let hypervisor = match (given, config.hypervisor_uri()) {
             (Some(hypervisor), _) => hypervisor,
             (None, None) => return none("the configuration says hypervisor.uri = \"none\"".into()),
@@ -138,9 +132,7 @@ fn accelerator(config: &Config, info: &HypervisorInfo) -> (Accel, &'static str, 
             let probe = muster_virt::probe_kvm(muster_virt::probe::LIMIT, Some(&config.run_dir.join("kvm-probe.json")));
             match probe.accel() {
                 Accel::Kvm => (Accel::Kvm, "kvm", String::new()),
-                Accel::Tcg => {
-                    (Accel::Tcg, "tcg", format!("no KVM, guests run under TCG, slower: {}", probe.reason))
-                }
+                Accel::Tcg => (Accel::Tcg, "tcg", format!("no KVM, guests run under TCG, slower: {}", probe.reason)),
             }
         }
     }

@@ -63,8 +63,7 @@ pub fn tell(host: &Host, change: &Change) {
         to_state: change.to.cim(),
         command: String::new(),
     };
-    let (severity, kind) =
-        if change.crashed { (Severity::Error, "vm-crashed") } else { (Severity::Info, "vm-state") };
+    let (severity, kind) = if change.crashed { (Severity::Error, "vm-crashed") } else { (Severity::Info, "vm-state") };
     host.voice.event(severity, kind, format!("{}: {} -> {}", change.name, change.from, change.to), about);
 }
 
@@ -132,7 +131,9 @@ pub fn follow_events(host: &Host, events: &Receiver<HypervisorEvent>, stop: &Can
                         e.guest_up &= connected;
                     }),
                     HypervisorEvent::ConnectionLost => {
-                        tracing::error!("the connection to the hypervisor broke: its machines run on, restart the agent");
+                        tracing::error!(
+                            "the connection to the hypervisor broke: its machines run on, restart the agent"
+                        );
                     }
                     HypervisorEvent::Lifecycle { .. } | HypervisorEvent::Overflow => {}
                 }

@@ -113,7 +113,8 @@ async fn ping(State(server): State<Server>) -> Response {
 }
 
 fn known(server: &Server, vm: &str) -> Result<VmId, Problem> {
-    let id: VmId = vm.parse().map_err(|e| Problem(StatusCode::BAD_REQUEST, ErrorCode::InvalidArgument, format!("{e}")))?;
+    let id: VmId =
+        vm.parse().map_err(|e| Problem(StatusCode::BAD_REQUEST, ErrorCode::InvalidArgument, format!("{e}")))?;
     server.host.inventory.get(id).map(|_| id).ok_or_else(|| not_found(format!("no VM {id} on this host")))
 }
 
@@ -175,9 +176,8 @@ async fn export(State(server): State<Server>, Path(volume): Path<String>) -> Res
         volume.parse().map_err(|e| Problem(StatusCode::BAD_REQUEST, ErrorCode::InvalidArgument, format!("{e}")))?;
     let volume =
         server.host.volumes.store.volume(id).ok_or_else(|| not_found(format!("no volume {id} on this host")))?;
-    let snapshot = volume
-        .snapshot()
-        .map_err(|e| Problem(StatusCode::INSUFFICIENT_STORAGE, e.code(), Chain(&e).to_string()))?;
+    let snapshot =
+        volume.snapshot().map_err(|e| Problem(StatusCode::INSUFFICIENT_STORAGE, e.code(), Chain(&e).to_string()))?;
     let size = snapshot.geometry().size.bytes();
     let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(4);
     server.streams.spawn_blocking(move || {
@@ -195,7 +195,8 @@ async fn export(State(server): State<Server>, Path(volume): Path<String>) -> Res
         }
     });
     let body = Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(receiver));
-    let headers = [(header::CONTENT_TYPE, "application/octet-stream".to_string()), (header::CONTENT_LENGTH, size.to_string())];
+    let headers =
+        [(header::CONTENT_TYPE, "application/octet-stream".to_string()), (header::CONTENT_LENGTH, size.to_string())];
     Ok((headers, body).into_response())
 }
 

@@ -223,7 +223,8 @@ impl Agent {
 
         let (voice, voice_thread) = Voice::start(&bus, Arc::clone(&clock), identity.host, identity.incarnation)?;
         let silence = config.timeouts.controller_silence_ms;
-        let name = config.name.clone().or_else(|| sysinfo::System::host_name().ok()).unwrap_or_else(|| identity.host.short());
+        let name =
+            config.name.clone().or_else(|| sysinfo::System::host_name().ok()).unwrap_or_else(|| identity.host.short());
         let host = Arc::new(Host {
             id: identity.host,
             incarnation: identity.incarnation,

@@ -29,8 +29,10 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Every state is said again this often: a late joiner may lack quiet instances until then.
 const REFRESH: Duration = Duration::from_secs(5);
 const HOST_REFRESH: Duration = Duration::from_secs(30);
-/// A hypervisor that takes longer for its statistics is left out of this second's.
-const STATS_TIME: Duration = Duration::from_millis(900);
+/// A hypervisor that takes longer for its statistics is left out of this second's. (Ending a QEMU holds them up for 1-2 s.)
+const STATS_TIME: Duration = Duration::from_millis(500);
+/// The call itself may take this long before it counts as stuck.
+const STATS_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Each second until `stop`.
 pub async fn beat(host: Arc<Host>, publisher: Publisher<Heartbeat>, stop: CancellationToken) {
@@ -83,6 +85,8 @@ pub struct Telemetry {
     system_changes: Changes<VirtualSystem>,
     /// Processor time and when it was read, for the percentage.
     previous: BTreeMap<VmId, (u64, u64)>,
+    /// Statistics asked for and not there yet: no second call meanwhile.
+    asked: Option<Receiver<muster_virt::Result<Vec<DomainStats>>>>,
 }
 
 impl Telemetry {
@@ -97,6 +101,7 @@ impl Telemetry {
             host_changes: Changes::new(HOST_REFRESH),
             system_changes: Changes::new(REFRESH),
             previous: BTreeMap::new(),
+            asked: None,
             host,
         })
     }
@@ -159,14 +164,19 @@ impl Telemetry {
             self.host.inventory.all().into_iter().filter(|e| e.state.is_active()).map(|e| (e.record.vm, e)).collect();
         self.previous.retain(|vm, _| entries.contains_key(vm));
         let Some(pool) = self.host.machines.pool().filter(|_| !entries.is_empty()) else { return };
-        let answer = pool.call(Lane::Host, "statistics", STATS_TIME, |h| h.all_stats());
-        let stats = match answer.recv_timeout(STATS_TIME * 2) {
+        let answer =
+            self.asked.take().unwrap_or_else(|| pool.call(Lane::Host, "statistics", STATS_DEADLINE, |h| h.all_stats()));
+        let stats = match answer.recv_timeout(STATS_TIME) {
             Ok(Ok(stats)) => stats,
             Ok(Err(e)) => {
                 tracing::debug!(err = %Chain(&e), "no statistics this second");
                 return;
             }
-            Err(_) => return,
+            Err(RecvTimeoutError::Timeout) => {
+                self.asked = Some(answer);
+                return;
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
         };
         for stat in stats {
             let Some(entry) = entries.get(&stat.vm) else { continue };
@@ -203,7 +213,9 @@ impl Telemetry {
                 }
                 .cim(),
             ],
-            hypervisor_uri: info.map(|i| if i.uri.starts_with("sim:") { "simulator:".into() } else { i.uri.clone() }).unwrap_or_default(),
+            hypervisor_uri: info
+                .map(|i| if i.uri.starts_with("sim:") { "simulator:".into() } else { i.uri.clone() })
+                .unwrap_or_default(),
             hypervisor_version: info.map(|i| i.hypervisor_version.clone()).unwrap_or_default(),
             accelerator: host.machines.accelerator().into(),
             hypervisor_remark: host.machines.remark().into(),

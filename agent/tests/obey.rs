@@ -1,5 +1,7 @@
 //! Agents on the in-memory bus with the simulated hypervisor and the real store obey commands.
 
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::{sync::atomic::Ordering, time::Duration};
@@ -77,8 +79,7 @@ async fn a_fleet_of_three_obeys_one_sample() {
     let mut controller = Controller::join(&network, &depot.url);
     controller.beat(vec![]);
     let image = depot.import(image_bytes(4, 2));
-    let members: Vec<_> =
-        agents.iter().flat_map(|a| [vm_on(a, "desk1"), vm_on(a, "desk2")]).collect();
+    let members: Vec<_> = agents.iter().flat_map(|a| [vm_on(a, "desk1"), vm_on(a, "desk2")]).collect();
     let before = network.published("muster_v1_group_command");
     controller.done(Verb::Create, &members, &[("template", &template(&image, Some(1)))]).await;
     controller.done(Verb::PowerOn, &members, &[]).await;
@@ -309,7 +310,8 @@ async fn images_are_pulled_once_verified_and_by_missing_chunks_only() {
     assert_eq!((again.outcome, served()), (Outcome::Already, first));
     // half of it stands in the other image
     let half = o.depot.import(image_bytes(4, 3));
-    let verdict = o.controller.answer(Verb::ImagePull, &host, &[("digest", &half.to_string()), ("image_name", "y")]).await;
+    let verdict =
+        o.controller.answer(Verb::ImagePull, &host, &[("digest", &half.to_string()), ("image_name", "y")]).await;
     assert_eq!(verdict.outcome, Outcome::Done, "{}", verdict.message);
     let pulled: PullResult = serde_json::from_str(&verdict.result).unwrap();
     assert_eq!((pulled.logical_bytes, served() - first), (4 << 20, 32));

@@ -82,8 +82,12 @@ pub fn judge(order: &Order, facts: &Facts) -> Judgement {
 
 fn host(order: &Order, facts: &Facts) -> Judgement {
     match muster_cim::host_answer(facts.draining, order.verb) {
-        Answer::Do(_) if facts.as_wanted && matches!(order.verb, Verb::ImagePull | Verb::ImageDrop) => Judgement::Already,
-        Answer::Do(expected) | Answer::Await(expected) => Judgement::Begin { expected: expected.cim(), wait_only: false },
+        Answer::Do(_) if facts.as_wanted && matches!(order.verb, Verb::ImagePull | Verb::ImageDrop) => {
+            Judgement::Already
+        }
+        Answer::Do(expected) | Answer::Await(expected) => {
+            Judgement::Begin { expected: expected.cim(), wait_only: false }
+        }
         Answer::Already => Judgement::Already,
         Answer::Refuse(code, text) => Judgement::Refuse(code, text.to_string()),
     }

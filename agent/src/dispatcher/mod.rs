@@ -175,7 +175,9 @@ enum MemberState {
     /// Waiting or at work.
     Open,
     /// Begun before a crash; being read back.
-    ReadingBack { begun_us: u64 },
+    ReadingBack {
+        begun_us: u64,
+    },
     Said(Box<Verdict>),
 }
 
@@ -220,10 +222,8 @@ impl Dispatcher {
 
     /// Everything the ledger should hold.
     pub fn entries(&self) -> Vec<Entry> {
-        let epochs = self
-            .epochs
-            .iter()
-            .map(|(controller, &epoch)| Entry::Epoch { controller: controller.clone(), epoch });
+        let epochs =
+            self.epochs.iter().map(|(controller, &epoch)| Entry::Epoch { controller: controller.clone(), epoch });
         let commands = self.commands.values().flat_map(|known| {
             let id = known.entry.id;
             let begun = self
@@ -279,7 +279,10 @@ impl Dispatcher {
             return;
         }
         let Ok(id) = command.id.parse::<CommandId>() else {
-            out.push(Action::Warn(format!("command with the malformed id {:?} from controller {}", command.id, command.controller)));
+            out.push(Action::Warn(format!(
+                "command with the malformed id {:?} from controller {}",
+                command.id, command.controller
+            )));
             return;
         };
         if let Some(known) = self.commands.get(&id) {
@@ -375,9 +378,12 @@ impl Dispatcher {
                 out.push(Action::Act { order, expected, wait_only });
                 return;
             }
-            judge::Judgement::Begin { .. } => {
-                Ending::of(Outcome::Expired, ErrorCode::Expired, "its time passed before it was begun", facts.cim_state())
-            }
+            judge::Judgement::Begin { .. } => Ending::of(
+                Outcome::Expired,
+                ErrorCode::Expired,
+                "its time passed before it was begun",
+                facts.cim_state(),
+            ),
             judge::Judgement::Already => Ending::of(Outcome::Already, ErrorCode::Ok, "", facts.cim_state()),
             judge::Judgement::Refuse(code, text) => Ending::of(Outcome::Refused, code, text, facts.cim_state()),
         };
@@ -398,12 +404,28 @@ impl Dispatcher {
         }
     }
 
-    fn say(&mut self, now_us: u64, order: &Order, received_us: u64, started_us: u64, ending: Ending, out: &mut Vec<Action>) {
+    fn say(
+        &mut self,
+        now_us: u64,
+        order: &Order,
+        received_us: u64,
+        started_us: u64,
+        ending: Ending,
+        out: &mut Vec<Action>,
+    ) {
         let verdict = self.verdict(now_us, order.command, &order.member, received_us, started_us, ending);
         self.settle(order.command, verdict, out);
     }
 
-    fn verdict(&self, now_us: u64, command: CommandId, member: &str, received_us: u64, started_us: u64, ending: Ending) -> Verdict {
+    fn verdict(
+        &self,
+        now_us: u64,
+        command: CommandId,
+        member: &str,
+        received_us: u64,
+        started_us: u64,
+        ending: Ending,
+    ) -> Verdict {
         let Ending { outcome, code, message, result, enabled_state, guest_up } = ending;
         let (result, message) = if result.len() > RESULT_LIMIT {
             (String::new(), format!("{message} (a result of {} bytes was too long to send)", result.len()))

@@ -57,7 +57,9 @@ pub(super) const fn is_quick(verb: Verb) -> bool {
 /// A power-off need not wait for a guest that does not listen.
 pub(super) fn may_overtake(verb: Verb, at_work: &[Verb]) -> bool {
     verb == Verb::PowerOff
-        && at_work.iter().all(|v| matches!(v, Verb::Shutdown | Verb::Reboot | Verb::Exec | Verb::FileWrite | Verb::Ping))
+        && at_work
+            .iter()
+            .all(|v| matches!(v, Verb::Shutdown | Verb::Reboot | Verb::Exec | Verb::FileWrite | Verb::Ping))
 }
 
 /// At most `limit` bytes of it, at a character's border.

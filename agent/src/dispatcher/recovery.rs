@@ -92,8 +92,14 @@ pub fn outcome_of(verb: Verb, kind: TargetKind, facts: &Facts) -> Ending {
         ..Ending::done(state)
     };
     let failed = |code, why: &str| Ending::of(Outcome::Failed, code, format!("{DIED}; {why}"), state);
-    let unknown =
-        || Ending::of(Outcome::Indeterminate, ErrorCode::Indeterminate, format!("{DIED}; what came of it cannot be read back"), state);
+    let unknown = || {
+        Ending::of(
+            Outcome::Indeterminate,
+            ErrorCode::Indeterminate,
+            format!("{DIED}; what came of it cannot be read back"),
+            state,
+        )
+    };
     let lost = || failed(ErrorCode::VolumeLost, "what it made was lost with the agent's memory");
     let reached = |wanted: EnabledState| match facts.state {
         Some(state) if state == wanted => done(),

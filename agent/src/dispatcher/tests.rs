@@ -247,12 +247,33 @@ fn what_is_remembered_is_what_the_ledger_holds() {
 /// A whole life of an agent: commands, answers in any order, time, crashes.
 #[derive(Clone, Debug)]
 enum Step {
-    Command { n: u128, verb: usize, vms: Vec<u128>, epoch: u64, lives: u64, stale: bool },
-    Inspect { pick: prop::sample::Index, state: usize, lost: bool },
-    End { pick: prop::sample::Index, outcome: bool },
-    ReadBack { pick: prop::sample::Index, state: usize },
-    Awaiting { n: u128 },
-    Wait { us: u64 },
+    Command {
+        n: u128,
+        verb: usize,
+        vms: Vec<u128>,
+        epoch: u64,
+        lives: u64,
+        stale: bool,
+    },
+    Inspect {
+        pick: prop::sample::Index,
+        state: usize,
+        lost: bool,
+    },
+    End {
+        pick: prop::sample::Index,
+        outcome: bool,
+    },
+    ReadBack {
+        pick: prop::sample::Index,
+        state: usize,
+    },
+    Awaiting {
+        n: u128,
+    },
+    Wait {
+        us: u64,
+    },
     /// How many of the records not yet followed by another action are lost: none, they are durable first.
     Crash,
 }

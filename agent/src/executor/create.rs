@@ -21,7 +21,10 @@ impl Work {
         let name = arguments::vm_name(&self.order)?;
         let vm = self.order.vm.ok_or_else(Failure::no_such_vm)?;
         if let Some(other) = self.host.inventory.by_name(&name) {
-            return Err(Failure::refused(ErrorCode::AlreadyExists, format!("the name {name:?} is taken by VM {other}")));
+            return Err(Failure::refused(
+                ErrorCode::AlreadyExists,
+                format!("the name {name:?} is taken by VM {other}"),
+            ));
         }
         self.fetch_boot_files(&template).await?;
         let (image, _) = self.ensure_image(template.image, &template.spec.image_name).await?;
@@ -92,7 +95,8 @@ impl Work {
     pub(super) async fn delete(&self) -> Result<Done, Failure> {
         let record = self.entry()?.record;
         let vm = record.vm;
-        match self.host.machines.call_within(Lane::Vm(vm), "undefine", self.call_time(), move |h| h.undefine(vm)).await {
+        match self.host.machines.call_within(Lane::Vm(vm), "undefine", self.call_time(), move |h| h.undefine(vm)).await
+        {
             Err(e) if e.kind() == HypervisorErrorKind::NotFound => {}
             other => other?,
         }

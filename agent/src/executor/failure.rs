@@ -6,7 +6,9 @@ use muster_idl::v1::Outcome;
 use muster_store::StoreError;
 use muster_virt::HypervisorError;
 
-use crate::{arguments::ArgumentError, images::PullError, machines::code_of, records::RecordError, volumes::VolumeError};
+use crate::{
+    arguments::ArgumentError, images::PullError, machines::code_of, records::RecordError, volumes::VolumeError,
+};
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {

@@ -28,7 +28,8 @@ impl Work {
         let vm = self.need_guest().await?;
         let timeout = self.left();
         let request = ExecRequest { timeout, ..ExecRequest::new(argv) };
-        let call = self.host.machines.call_within(Lane::Vm(vm), "guest exec", timeout, move |h| h.guest_exec(vm, &request));
+        let call =
+            self.host.machines.call_within(Lane::Vm(vm), "guest exec", timeout, move |h| h.guest_exec(vm, &request));
         let result = match call.await {
             Err(e) if e.kind() == HypervisorErrorKind::GuestFailed => {
                 return Err(Failure { code: ErrorCode::NotFound, ..Failure::from(e) });

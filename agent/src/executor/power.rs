@@ -113,7 +113,10 @@ impl Work {
     /// Starts a machine that is off: definition, boot files and exports are made sure of first.
     pub(super) async fn start(&self, record: &VmRecord) -> Result<(), Failure> {
         let vm = record.vm;
-        self.host.inventory.update(vm, |e| e.transition = Some(EnabledState::Starting));
+        self.host.inventory.update(vm, |e| {
+            e.transition = Some(EnabledState::Starting);
+            e.guest_up = false;
+        });
         self.ensure_boot_files(record).await?;
         self.offer_all(record).await?;
         self.define(record).await?;
@@ -167,12 +170,15 @@ impl Work {
                     }
                 }
                 Err(f) if f.code == ErrorCode::InvalidState => {}
-                Err(f) => tracing::info!(vm = %vm, reason = f.message, "shutdown by guest agent failed, trying the power button"),
+                Err(f) => {
+                    tracing::info!(vm = %vm, reason = f.message, "shutdown by guest agent failed, trying the power button")
+                }
             }
         }
         let by_agent = !asked.is_empty();
         loop {
-            match self.call(Lane::Vm(vm), "shutdown by power button", move |h| h.shutdown(vm, ShutdownMode::Acpi)).await {
+            match self.call(Lane::Vm(vm), "shutdown by power button", move |h| h.shutdown(vm, ShutdownMode::Acpi)).await
+            {
                 Ok(()) => asked = if by_agent { "guest agent and power button" } else { "power button" },
                 // it is off by now
                 Err(f) if f.code == ErrorCode::InvalidState => {}
@@ -245,7 +251,8 @@ impl Work {
     /// Asks the guest agent whether it is there, now.
     pub(super) async fn guest_answers(&self, vm: VmId) -> bool {
         let timeout = self.host.config.timeouts.guest_agent();
-        let ping = self.host.machines.call_within(Lane::Host, "guest ping", timeout * 2, move |h| h.guest_ping(vm, timeout));
+        let ping =
+            self.host.machines.call_within(Lane::Host, "guest ping", timeout * 2, move |h| h.guest_ping(vm, timeout));
         match ping.await {
             Ok(up) => up,
             Err(e) => {

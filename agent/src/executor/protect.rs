@@ -52,7 +52,8 @@ impl Work {
         let record = entry.record.clone();
         let snapshots = self
             .blocking(move |host| {
-                let lost = |d: &DiskRecord| Failure::failed(ErrorCode::VolumeLost, format!("volume {} is lost", d.volume));
+                let lost =
+                    |d: &DiskRecord| Failure::failed(ErrorCode::VolumeLost, format!("volume {} is lost", d.volume));
                 record
                     .disks
                     .iter()

@@ -111,7 +111,9 @@ impl Work {
         let volume = disk.volume;
         if let Ok(backups) = self.host.backups.clone() {
             let found = self
-                .blocking(move |_| Ok(backups.list()?.records.into_iter().rev().find(|r| has(r, vm, volume)).map(|r| r.id)))
+                .blocking(move |_| {
+                    Ok(backups.list()?.records.into_iter().rev().find(|r| has(r, vm, volume)).map(|r| r.id))
+                })
                 .await?;
             if found.is_some() {
                 return Ok(found);
@@ -129,9 +131,11 @@ impl Work {
     pub(super) async fn restore(&self) -> Result<Done, Failure> {
         let entry = self.entry()?;
         if let Some(name) = self.order.argument(muster_idl::arguments::name::NAME).filter(|n| !n.is_empty()) {
-            let set = entry.snapshots.get(name).cloned().ok_or_else(|| {
-                Failure::refused(ErrorCode::NotFound, format!("the VM has no snapshot {name:?}"))
-            })?;
+            let set = entry
+                .snapshots
+                .get(name)
+                .cloned()
+                .ok_or_else(|| Failure::refused(ErrorCode::NotFound, format!("the VM has no snapshot {name:?}")))?;
             return self.revert(&entry.record, set.volumes).await;
         }
         let backups = self.backups()?;
@@ -223,7 +227,9 @@ impl Work {
                 host.volumes.destroy(disk)?;
             }
             match record.disks.iter().find(|d| host.volumes.store.volume(d.volume).is_some()) {
-                Some(disk) => Err(Failure::failed(ErrorCode::Internal, format!("volume {} is still there", disk.volume))),
+                Some(disk) => {
+                    Err(Failure::failed(ErrorCode::Internal, format!("volume {} is still there", disk.volume)))
+                }
                 None => Ok(()),
             }
         })

@@ -109,8 +109,8 @@ impl Ledger {
             let ledger = Self::rewrite(path, &[])?;
             return Ok((ledger, Vec::new()));
         }
-        let replay = format::replay(&bytes)
-            .map_err(|e| LedgerError::Format { path: path.into(), reason: e.to_string() })?;
+        let replay =
+            format::replay(&bytes).map_err(|e| LedgerError::Format { path: path.into(), reason: e.to_string() })?;
         if replay.good < bytes.len() {
             let torn = path.with_extension("torn");
             fs::write(&torn, &bytes[replay.good..]).map_err(io("save the torn tail of"))?;

@@ -1,5 +1,5 @@
 //! A small world around agents: a network in memory, a controller's voice, and the repository it serves.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::{
     collections::BTreeMap,
@@ -169,7 +169,13 @@ impl Controller {
         self.state.publish(&state).unwrap();
     }
 
-    pub fn command(&self, verb: Verb, members: Vec<Member>, arguments: &[(&str, &str)], time: Duration) -> GroupCommand {
+    pub fn command(
+        &self,
+        verb: Verb,
+        members: Vec<Member>,
+        arguments: &[(&str, &str)],
+        time: Duration,
+    ) -> GroupCommand {
         GroupCommand {
             id: CommandId::now().to_string(),
             controller: self.id.to_string(),
@@ -223,7 +229,13 @@ impl Controller {
             if got.len() == command.members.len() {
                 return got;
             }
-            assert!(started.elapsed() < Duration::from_secs(30), "{} of {} answers to {}: {got:?}", got.len(), command.members.len(), command.verb);
+            assert!(
+                started.elapsed() < Duration::from_secs(30),
+                "{} of {} answers to {}: {got:?}",
+                got.len(),
+                command.members.len(),
+                command.verb
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -245,7 +257,12 @@ impl Controller {
     }
 
     /// The newest state of a VM that satisfies the condition.
-    pub async fn system(&mut self, vm: &Member, what: &str, condition: impl Fn(&VirtualSystem) -> bool) -> VirtualSystem {
+    pub async fn system(
+        &mut self,
+        vm: &Member,
+        what: &str,
+        condition: impl Fn(&VirtualSystem) -> bool,
+    ) -> VirtualSystem {
         let started = Instant::now();
         loop {
             while let Some(sample) = self.systems.try_recv() {
@@ -327,7 +344,12 @@ pub fn vm_on(agent: &Agent, name: &str) -> Member {
 }
 
 pub fn host_of(agent: &Agent) -> Member {
-    Member { host: agent.host_id().to_string(), incarnation: agent.incarnation().to_string(), vm: String::new(), name: String::new() }
+    Member {
+        host: agent.host_id().to_string(),
+        incarnation: agent.incarnation().to_string(),
+        vm: String::new(),
+        name: String::new(),
+    }
 }
 
 pub fn network(seed: u64) -> Network {

@@ -1,0 +1,203 @@
+//! One agent, the embedded QEMU driver, a real Debian guest that boots from a disk in the agent's memory.
+//!
+//! Needs QEMU, libvirt and the images of `cargo xtask guest`. Without them it fails and names what is missing, unless
+//! `MUSTER_ALLOW_SKIP=1`.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use muster_agent::{Agent, Deps, Stop};
+use muster_common::ByteLen;
+use muster_idl::{
+    arguments::{BackupResult, BootSpec, ExecResult, TemplateSpec},
+    v1::{Member, Outcome, Verb, Verdict},
+};
+use muster_repository::source::{ImageFormat, open_image};
+use support::{Controller, Depot, Place, network, vm_on};
+
+/// A guest under translation on a busy machine.
+const BOOT: Duration = Duration::from_secs(150);
+
+fn guest_images() -> Option<PathBuf> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+    let tools = std::env::var_os("PATH").unwrap_or_default();
+    let qemu = std::env::split_paths(&tools).any(|d| d.join("qemu-system-x86_64").is_file());
+    if directory.join("debian.raw").is_file() && qemu {
+        return Some(directory);
+    }
+    let hint = "QEMU or the guest images are missing: run cargo xtask setup and cargo xtask guest";
+    assert!(std::env::var_os("MUSTER_ALLOW_SKIP").is_some(), "{hint}");
+    eprintln!("skipped: {hint}");
+    None
+}
+
+struct World {
+    controller: Controller,
+    vm: Member,
+    /// When the last verdict was said: states of before do not count.
+    since_us: u64,
+}
+
+impl World {
+    async fn verdict(&mut self, verb: Verb, arguments: &[(&str, &str)]) -> Verdict {
+        let command = self.controller.command(verb, vec![self.vm.clone()], arguments, BOOT);
+        self.controller.publish(&command);
+        let key = (command.id.clone(), self.vm.host.clone(), self.vm.vm.clone());
+        let started = Instant::now();
+        loop {
+            self.controller.take();
+            if let Some(list) = self.controller.seen.get(&key) {
+                eprintln!("{verb}: {} {} in {:?}", list[0].outcome, list[0].message, started.elapsed());
+                self.since_us = list[0].ended_at_us;
+                return list[0].clone();
+            }
+            assert!(started.elapsed() < BOOT, "no verdict of {verb}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    async fn done(&mut self, verb: Verb, arguments: &[(&str, &str)]) -> Verdict {
+        let verdict = self.verdict(verb, arguments).await;
+        assert_eq!(verdict.outcome, Outcome::Done, "{verb}: {} {}", verdict.code, verdict.message);
+        verdict
+    }
+    async fn guest_up(&mut self) {
+        let started = Instant::now();
+        loop {
+            while let Some(sample) = self.controller.systems.try_recv() {
+                if sample.value().is_some_and(|s| s.vm == self.vm.vm && s.guest_up && s.sampled_at_us > self.since_us) {
+                    eprintln!("guest up after {:?}", started.elapsed());
+                    return;
+                }
+            }
+            assert!(started.elapsed() < BOOT, "the guest agent did not come up");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    async fn read(&mut self, path: &str) -> (i32, String) {
+        let argv = serde_json::to_string(&["cat", path]).unwrap();
+        let verdict = self.done(Verb::Exec, &[("argv", &argv)]).await;
+        let result: ExecResult = serde_json::from_str(&verdict.result).unwrap();
+        (result.exit_status, result.stdout)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill() {
+    let Some(images) = guest_images() else { return };
+    muster_common::logging::init(muster_common::logging::LogFormat::Text);
+    let network = network(1);
+    let depot = Depot::start().await;
+    let source = open_image(&images.join("debian.raw"), ImageFormat::Raw).unwrap();
+    let mut session = depot.repository.session();
+    let go_on = &mut |_| std::ops::ControlFlow::Continue(());
+    let image = session.ingest(&*source, &Default::default(), go_on).unwrap().digest;
+    session.publish("image", b"x").unwrap();
+    let blob = |name: &str| depot.repository.put_blob(&std::fs::read(images.join(name)).unwrap()).unwrap().to_string();
+    let spec = TemplateSpec {
+        name: "desk".into(),
+        image: image.to_string(),
+        image_name: "debian".into(),
+        vcpus: 1,
+        memory_bytes: 256 << 20,
+        data_volume_bytes: Some(64 << 20),
+        boot: BootSpec {
+            kernel: Some(blob("vmlinuz")),
+            initrd: Some(blob("initramfs")),
+            cmdline: format!(
+                "{} muster.name={{name}}",
+                std::fs::read_to_string(images.join("cmdline")).unwrap().trim()
+            ),
+        },
+        bridge: None,
+    };
+    let template = serde_json::to_string(&spec).unwrap();
+
+    let place = Place::new(1);
+    let mut config = place.config();
+    config.hypervisor.uri = String::new();
+    config.store.budget = ByteLen::gib(1);
+    config.timeouts = Default::default();
+    let start = || async {
+        let deps = Deps { bus: Some(network.join("host1")), ..Deps::default() };
+        Agent::start(config.clone(), deps).await.unwrap()
+    };
+    let agent = start().await;
+    let controller = Controller::join(&network, &depot.url);
+    controller.beat(vec![]);
+    let vm = vm_on(&agent, "desk 1");
+    let mut w = World { controller, vm, since_us: 0 };
+
+    w.done(Verb::Create, &[("template", &template)]).await;
+    w.done(Verb::PowerOn, &[]).await;
+    w.guest_up().await;
+    assert_eq!(w.read("/etc/hostname").await.0, 0);
+    let (_, name) = w.read("/proc/sys/kernel/hostname").await;
+    assert_eq!(name.trim(), "desk-1");
+
+    // step 6 of the demonstration
+    w.done(Verb::FileWrite, &[("path", "/etc/muster-note"), ("content", "c3lzdGVt")]).await;
+    w.done(Verb::FileWrite, &[("path", "/home/muster-note"), ("content", "ZGF0YQ==")]).await;
+    let verdict = w.done(Verb::Backup, &[]).await;
+    assert_eq!(verdict.message, "", "frozen, not crash-consistent");
+    let backup: BackupResult = serde_json::from_str(&verdict.result).unwrap();
+    assert_eq!(backup.volumes.len(), 2);
+    w.done(Verb::PowerOff, &[]).await;
+    w.done(Verb::DestroyVolumes, &[]).await;
+    assert_eq!(w.verdict(Verb::PowerOn, &[]).await.code, "volume-lost");
+    w.done(Verb::Restore, &[]).await;
+    w.done(Verb::PowerOn, &[]).await;
+    w.guest_up().await;
+    assert_eq!(w.read("/etc/muster-note").await, (0, "system".into()));
+    assert_eq!(w.read("/home/muster-note").await, (0, "data".into()));
+    w.done(Verb::ResetSession, &[]).await;
+    w.guest_up().await;
+    assert_ne!(w.read("/etc/muster-note").await.0, 0, "the system disk is the template's again");
+    assert_eq!(w.read("/home/muster-note").await, (0, "data".into()));
+
+    let client = reqwest::Client::builder().no_proxy().build().unwrap();
+    let url = format!("http://{}/bulk/v1/vms/{}/screenshot", agent.stream_address(), w.vm.vm);
+    let png = client.get(url).send().await.unwrap().bytes().await.unwrap();
+    assert!(png.starts_with(b"\x89PNG") && png.len() > 500, "{} bytes", png.len());
+    let ping = format!("http://{}/bulk/v1/ping", agent.stream_address());
+    let ping: serde_json::Value =
+        serde_json::from_slice(&client.get(ping).send().await.unwrap().bytes().await.unwrap()).unwrap();
+    eprintln!("evidence: {}", ping["evidence"]);
+    assert_eq!(ping["evidence"]["guest_file_reads"], 0);
+    assert!(!ping["evidence"]["hypervisor"].as_object().unwrap().is_empty());
+
+    for verb in [Verb::Pause, Verb::Resume, Verb::Suspend, Verb::PowerOn, Verb::Reset] {
+        w.done(verb, &[]).await;
+    }
+    w.guest_up().await;
+    w.done(Verb::Reboot, &[]).await;
+    w.guest_up().await;
+
+    // the agent dies, the guest does not, its disks do
+    let (host, old) = (agent.host_id(), agent.incarnation());
+    agent.kill().await;
+    let agent = start().await;
+    assert_eq!(agent.host_id(), host);
+    assert_ne!(agent.incarnation(), old);
+    w.controller.beat(vec![]);
+    let vm = w.vm.clone();
+    let lost = w.controller.system(&vm, "adopted", |s| s.incarnation == agent.incarnation().to_string()).await;
+    assert_eq!(lost.enabled_state, 9, "paused");
+    assert!(lost.disks.iter().all(|d| d.condition == "lost"));
+    assert_eq!(w.verdict(Verb::Resume, &[]).await.code, "volume-lost");
+    w.done(Verb::ResetSession, &[]).await;
+    w.guest_up().await;
+    assert_eq!(w.read("/home/muster-note").await, (0, "data".into()), "from the backup");
+
+    let (agent, refused) = agent.stop(Stop::Orderly).await.unwrap_err();
+    assert_eq!(refused.vms, ["desk 1"]);
+    w.done(Verb::Shutdown, &[]).await;
+    w.done(Verb::Delete, &[]).await;
+    assert!(agent.store().audit().is_exact());
+    agent.stop(Stop::Orderly).await.unwrap();
+}
