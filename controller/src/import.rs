@@ -5,7 +5,8 @@ use std::{ops::ControlFlow, path::PathBuf};
 use muster_api::{BootFiles, Estimate, ImageFormat};
 use muster_common::{ByteLen, Digest, ErrorCode};
 use muster_repository::{
-    IngestOptions, Progress, Repository, estimate::Estimator,
+    IngestOptions, Progress, Repository,
+    estimate::Estimator,
     source::{self},
 };
 
@@ -122,6 +123,28 @@ pub async fn forget(repository: Repository, digest: Digest) {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::warn!(err = %muster_common::Chain(&error), "repository not pruned"),
         Err(error) => tracing::error!(err = %error, "prune panicked"),
+    }
+}
+
+/// Removes what an import or a deletion left behind when the controller was killed in between: references to no known image.
+/// Boot files that were uploaded for an import that never came go too.
+pub async fn tidy(repository: Repository, core: Handle) {
+    let Ok(known) = core.call(|core| Ok(core.images.keys().map(reference_of).collect::<Vec<_>>())).await else {
+        return;
+    };
+    let done = tokio::task::spawn_blocking(move || {
+        let left: Vec<String> = repository.references("")?.into_iter().filter(|name| !known.contains(name)).collect();
+        for name in &left {
+            tracing::info!(reference = name, "left behind in the repository, removed");
+            repository.forget_reference(name)?;
+        }
+        if left.is_empty() { Ok(()) } else { repository.prune().map(drop) }
+    })
+    .await;
+    match done {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(err = %muster_common::Chain(&error), "repository not tidied"),
+        Err(error) => tracing::error!(err = %error, "tidying the repository panicked"),
     }
 }
 

@@ -214,18 +214,19 @@ impl Controller {
         }
         let mut readers = JoinSet::new();
         let mut writers = None;
-        let (core, core_thread) = Core::start(db, config.clone(), clock.clone(), identity, |handle| {
-            match link::start(joined, &handle, &mut readers, &stop) {
-                Ok((links, threads)) => {
-                    writers = Some(Ok(threads));
-                    links
+        let (core, core_thread) =
+            Core::start(db, config.clone(), clock.clone(), identity, |handle| {
+                match link::start(joined, &handle, &mut readers, &stop) {
+                    Ok((links, threads)) => {
+                        writers = Some(Ok(threads));
+                        links
+                    }
+                    Err(source) => {
+                        writers = Some(Err(source));
+                        Vec::new()
+                    }
                 }
-                Err(source) => {
-                    writers = Some(Err(source));
-                    Vec::new()
-                }
-            }
-        })?;
+            })?;
         let writers = writers
             .unwrap_or_else(|| Err(io::Error::other("the link was not started")))
             .map_err(|source| StartError::Thread { source })?;
@@ -242,6 +243,8 @@ impl Controller {
             }
         });
 
+        // before the interface is served: no import can be under way
+        import::tidy(repository.clone(), core.clone()).await;
         let tasks = TaskTracker::new();
         let shared = rest::Shared {
             core: core.clone(),
@@ -303,9 +306,7 @@ impl Controller {
     /// Stops in order: see the crate's documentation.
     pub async fn shutdown(mut self) {
         self.stop.cancel();
-        let drained = async {
-            while self.servers.join_next().await.is_some() {}
-        };
+        let drained = async { while self.servers.join_next().await.is_some() {} };
         if tokio::time::timeout(DRAIN, drained).await.is_err() {
             tracing::warn!("requests still in progress are cut off");
             self.servers.shutdown().await;
@@ -339,9 +340,7 @@ async fn serve_until_end(what: &'static str, serve: impl Future<Output = io::Res
 }
 
 async fn listen(what: &'static str, address: SocketAddr) -> Result<TcpListener, StartError> {
-    TcpListener::bind(address)
-        .await
-        .map_err(|source| StartError::Listen { what, address: address.to_string(), source })
+    TcpListener::bind(address).await.map_err(|source| StartError::Listen { what, address: address.to_string(), source })
 }
 
 /// Makes the state directory, locks it, and clears what a crash left of uploads.
@@ -350,8 +349,7 @@ fn prepare_state_dir(dir: &Path) -> Result<File, StartError> {
         move |source| StartError::File { attempted, path: path.to_path_buf(), source }
     }
     std::fs::create_dir_all(dir).map_err(failed("make the state directory", dir))?;
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o750))
-        .map_err(failed("set the mode of", dir))?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o750)).map_err(failed("set the mode of", dir))?;
     let path = dir.join("lock");
     let lock = File::create(&path).map_err(failed("open the lock", &path))?;
     match rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive) {

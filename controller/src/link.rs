@@ -3,9 +3,12 @@
 //! Each topic of each cell has a task that reads; each cell has a thread `bus-out-<cell>` that writes, because a publish on a
 //! reliable topic may wait for room.
 
-use std::sync::{
-    Arc,
-    mpsc::{Receiver, sync_channel},
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, sync_channel},
+    },
+    time::{Duration, Instant},
 };
 
 use muster_bus::{Bus, BusError, Payload, Publisher, Subscriber};
@@ -20,6 +23,9 @@ use crate::core::{CellLink, Handle, Input, Outgoing, WayBack};
 const CAPACITY: usize = 4096;
 /// What waits for a cell's thread; more means that the bus takes nothing.
 const OUTBOX: usize = 1024;
+
+/// So long a command waits for the readers of agents that have just appeared.
+const MATCH_LIMIT: Duration = Duration::from_secs(2);
 
 /// Readers and writers of one cell, made but not yet running.
 pub struct Joined {
@@ -108,7 +114,9 @@ pub fn start(
 
         let r = readers;
         read(tasks, handle, stop, r.heartbeat, Way::Telemetry, move |beat| Some(Input::Heartbeat(cell, beat.value()?)));
-        read(tasks, handle, stop, r.physical_host, Way::Waits, move |host| Some(Input::PhysicalHost(cell, host.value()?)));
+        read(tasks, handle, stop, r.physical_host, Way::Waits, move |host| {
+            Some(Input::PhysicalHost(cell, host.value()?))
+        });
         read(tasks, handle, stop, r.host_metrics, Way::Telemetry, |m| Some(Input::HostMetrics(m.value()?)));
         read(tasks, handle, stop, r.store_state, Way::Waits, |s| Some(Input::StoreState(s.value()?)));
         read(tasks, handle, stop, r.virtual_system, Way::Waits, |system| match system.payload {
@@ -162,7 +170,8 @@ fn write(cell: u16, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &Way
         let (what, done) = match next {
             Outgoing::State(state) => ("controller state", writers.state.publish(&state)),
             Outgoing::Groups(groups) => ("groups", writers.groups.publish(&groups)),
-            Outgoing::Command { id, sample } => {
+            Outgoing::Command { id, sample, hosts } => {
+                wait_for_readers(&writers.command, hosts);
                 let done = writers.command.publish(&sample);
                 let said = match &done {
                     Ok(()) => Input::Published(id, cell),
@@ -175,5 +184,14 @@ fn write(cell: u16, writers: &Writers, outgoing: &Receiver<Outgoing>, back: &Way
         if let Err(error) = done {
             tracing::warn!(cell, what, err = %Chain(&error), "bus did not take it");
         }
+    }
+}
+
+/// A heartbeat may arrive before the agent's command reader is matched, and a command does not reach a reader that came
+/// later. So a command for hosts that are online waits, within bounds, until there are as many readers.
+fn wait_for_readers(command: &Publisher<v1::GroupCommand>, hosts: usize) {
+    let deadline = Instant::now() + MATCH_LIMIT;
+    while command.matched() < hosts && Instant::now() < deadline {
+        std::thread::park_timeout(Duration::from_millis(10));
     }
 }

@@ -1,4 +1,5 @@
 //! Commands over the in-memory bus, through the REST interface on the unix socket.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod fake;
 

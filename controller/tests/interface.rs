@@ -1,4 +1,5 @@
 //! The REST interface: groups, images, templates, VMs, bad input, who may ask.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod fake;
 
@@ -115,12 +116,8 @@ async fn images_are_imported_pulled_and_deleted() {
     let taken = c.import_image(&query, Upload::bytes(other.clone())).await.unwrap_err();
     assert_eq!(taken.code(), ErrorCode::AlreadyExists);
     let kernel = c.put_blob(Upload::bytes(b"a kernel".to_vec())).await.unwrap();
-    let query = ImportQuery {
-        new_revision: true,
-        kernel: Some(kernel.digest),
-        cmdline: Some("console=ttyS0".into()),
-        ..query
-    };
+    let query =
+        ImportQuery { new_revision: true, kernel: Some(kernel.digest), cmdline: Some("console=ttyS0".into()), ..query };
     let job = follow(&fleet, c.import_image(&query, Upload::bytes(other)).await.unwrap()).await;
     assert_eq!(code(&job), "ok");
     let second = c.image("debian").await.unwrap();
@@ -343,7 +340,10 @@ async fn only_this_machine_asks_and_lab_mode_is_said_everywhere() {
     let nowhere: muster_api::Problem = http.get(format!("{base}/v1/nope")).send().await.unwrap().json().await.unwrap();
     assert_eq!(nowhere.code, "not-found");
     let method = http.put(format!("{base}/v1/hosts")).send().await.unwrap();
-    assert_eq!((method.status().as_u16(), &method.headers()["content-type"].to_str().unwrap()[..]), (405, "application/problem+json"));
+    assert_eq!(
+        (method.status().as_u16(), &method.headers()["content-type"].to_str().unwrap()[..]),
+        (405, "application/problem+json")
+    );
     let limit = http.get(format!("{base}/v1/hosts?limit=0")).send().await.unwrap();
     assert_eq!(limit.status(), 400);
     let document: serde_json::Value = client(&controller).openapi().await.unwrap();

@@ -1,4 +1,5 @@
 //! The program itself: over real RTPS on loopback, killed and started again, stopped in order, refusing to start.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod fake;
 

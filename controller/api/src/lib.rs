@@ -32,8 +32,8 @@ pub mod vm;
 pub use backup::{Backup, BackupVolume};
 pub use client::{Client, ClientError, Endpoint, Upload};
 pub use command::{
-    Command, CommandEvent, CommandQuery, CommandState, CommandSummary, CreateCommand, Member, Outcome, Progress, TargetKind, Verb,
-    Verdict,
+    Command, CommandEvent, CommandQuery, CommandState, CommandSummary, CreateCommand, Member, Outcome, Progress,
+    TargetKind, Verb, Verdict,
 };
 pub use event::{Event, EventQuery, Severity, Usage, UsageQuery};
 pub use group::{ChangeGroup, CreateGroup, Group, GroupMembers, Reference};

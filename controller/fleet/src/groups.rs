@@ -388,8 +388,7 @@ mod tests {
     fn reaches(edges: &BTreeSet<(u8, u8)>, from: u8, to: u8) -> bool {
         let mut reached = BTreeSet::from([from]);
         loop {
-            let more: BTreeSet<u8> =
-                edges.iter().filter(|(a, _)| reached.contains(a)).map(|(_, b)| *b).collect();
+            let more: BTreeSet<u8> = edges.iter().filter(|(a, _)| reached.contains(a)).map(|(_, b)| *b).collect();
             let before = reached.len();
             reached.extend(more);
             if reached.len() == before {

@@ -39,15 +39,30 @@ pub enum Change {
     /// Never heard of before.
     Appeared(HostId),
     Online(HostId),
-    Offline { host: HostId, last_seen_us: u64 },
+    Offline {
+        host: HostId,
+        last_seen_us: u64,
+    },
     /// The agent was started again.
-    Restarted { host: HostId, machine_too: bool },
-    Duplicate { host: HostId, older: Incarnation, newer: Incarnation },
+    Restarted {
+        host: HostId,
+        machine_too: bool,
+    },
+    Duplicate {
+        host: HostId,
+        older: Incarnation,
+        newer: Incarnation,
+    },
     DuplicateGone(HostId),
     /// The description of a host changed: store it.
     Described(HostId),
     /// A VM's EnabledState changed.
-    VmState { host: HostId, vm: VmId, from: u16, to: u16 },
+    VmState {
+        host: HostId,
+        vm: VmId,
+        from: u16,
+        to: u16,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -387,10 +402,7 @@ mod tests {
     fn a_silent_host_goes_offline_and_comes_back() {
         let mut inventory = Inventory::default();
         let (host, run) = (HostId::random(), Incarnation::random());
-        assert_eq!(
-            inventory.heartbeat(0, &beat(host, run, 0), 10 * S),
-            [Change::Appeared(host), Change::Online(host)]
-        );
+        assert_eq!(inventory.heartbeat(0, &beat(host, run, 0), 10 * S), [Change::Appeared(host), Change::Online(host)]);
         assert_eq!(inventory.tick(15 * S), []);
         assert_eq!(inventory.tick(15 * S + 1), [Change::Offline { host, last_seen_us: 10 * S }]);
         assert_eq!(inventory.tick(16 * S), []);

@@ -78,10 +78,9 @@ pub fn place(
             for _ in 0..n {
                 // fewest VMs first; among equals the one with most memory left; the name decides the rest, so that
                 // the same request on the same fleet is placed the same
-                let best = usable
-                    .iter_mut()
-                    .filter(|c| fits(c))
-                    .min_by_key(|c| (c.vms, std::cmp::Reverse(c.memory.0.saturating_sub(c.committed.0)), c.name.clone()));
+                let best = usable.iter_mut().filter(|c| fits(c)).min_by_key(|c| {
+                    (c.vms, std::cmp::Reverse(c.memory.0.saturating_sub(c.committed.0)), c.name.clone())
+                });
                 match best {
                     Some(candidate) => {
                         candidate.vms += 1;

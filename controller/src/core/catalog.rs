@@ -177,7 +177,8 @@ impl Core {
             return Err(Refusal::invalid(format!("{} vcpus: it must be 1 to {MOST_VCPUS}", create.vcpus)));
         }
         if create.memory < LEAST_MEMORY {
-            let detail = format!("{} of memory: at least {LEAST_MEMORY}; sizes without a unit are bytes", create.memory);
+            let detail =
+                format!("{} of memory: at least {LEAST_MEMORY}; sizes without a unit are bytes", create.memory);
             return Err(Refusal::invalid(detail));
         }
         if let Some(size) = create.data_volume

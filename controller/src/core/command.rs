@@ -54,7 +54,9 @@ impl Core {
             given.insert(name, text);
         }
         let (members, target) = match create.retry_of {
-            Some(before) if create.target.is_empty() => (self.those_without_success(before, verb, kind)?, String::new()),
+            Some(before) if create.target.is_empty() => {
+                (self.those_without_success(before, verb, kind)?, String::new())
+            }
             _ => (self.members(&create.target, kind)?, create.target.join(",")),
         };
         let command = NewCommand {
@@ -73,11 +75,7 @@ impl Core {
         self.begin(command)
     }
 
-    fn members(
-        &self,
-        texts: &[String],
-        kind: TargetKind,
-    ) -> Result<Vec<(HostId, Option<VmId>, String)>, Refusal> {
+    fn members(&self, texts: &[String], kind: TargetKind) -> Result<Vec<(HostId, Option<VmId>, String)>, Refusal> {
         let names = self.names();
         Ok(match kind {
             TargetKind::Host => target::hosts(texts, &names, &self.groups)?
@@ -166,9 +164,7 @@ impl Core {
         if let Some(record) = self.engine.get(id) {
             return Ok(record.clone());
         }
-        self.db
-            .command(id)?
-            .ok_or_else(|| Refusal::new(ErrorCode::NotFound, format!("no command {id}")))
+        self.db.command(id)?.ok_or_else(|| Refusal::new(ErrorCode::NotFound, format!("no command {id}")))
     }
 
     /// Writes and does what the engine decided.
@@ -184,7 +180,10 @@ impl Core {
                 }
                 Action::Publish { command, cell } => {
                     if let Some(sample) = self.sample(command, cell) {
-                        let outgoing = Outgoing::Command { id: command, sample: Box::new(sample) };
+                        let hosts: BTreeSet<&str> = sample.members.iter().map(|m| m.host.as_str()).collect();
+                        let online = |host: &&str| host.parse().is_ok_and(|id| self.inventory.is_online(id));
+                        let hosts = hosts.into_iter().filter(online).count();
+                        let outgoing = Outgoing::Command { id: command, sample: Box::new(sample), hosts };
                         self.effect(Effect::Send { cell, outgoing });
                     }
                 }
@@ -289,13 +288,7 @@ impl Core {
         Ok(())
     }
 
-    fn store_backups(
-        &mut self,
-        id: CommandId,
-        host: HostId,
-        vm: Option<VmId>,
-        result: &str,
-    ) -> Result<(), DbError> {
+    fn store_backups(&mut self, id: CommandId, host: HostId, vm: Option<VmId>, result: &str) -> Result<(), DbError> {
         use muster_idl::arguments::BackupResult;
         // one for a VM, a list for a host
         let parsed = match vm {

@@ -36,8 +36,7 @@ impl Core {
         let groups =
             create.groups.iter().map(|path| path.parse::<GroupPath>()).collect::<Result<Vec<_>, FleetError>>()?;
         let candidates = self.candidates(&create.hosts)?;
-        let hosts =
-            placement::place(&candidates, amount, template.memory, self.config.placement.overcommit_percent)?;
+        let hosts = placement::place(&candidates, amount, template.memory, self.config.placement.overcommit_percent)?;
         let names = self.new_names(&create, &template, &hosts)?;
 
         let spec = self.spec(&template)?;
@@ -253,10 +252,8 @@ impl Core {
     /// A host speaks of a VM whose making ended without a clear word: then it is there.
     pub(super) fn settle_doubt(&mut self, system: &VirtualSystem) {
         let (Ok(vm), Ok(host)) = (system.vm.parse::<VmId>(), system.host.parse::<HostId>()) else { return };
-        let doubtful = self
-            .desired
-            .get(&vm)
-            .is_some_and(|desired| desired.host == host && desired.standing == Standing::Doubtful);
+        let doubtful =
+            self.desired.get(&vm).is_some_and(|desired| desired.host == host && desired.standing == Standing::Doubtful);
         if doubtful {
             let command = self.desired.get(&vm).and_then(|desired| desired.command);
             self.attempt(|core| core.restand(vm, Standing::Present, command));

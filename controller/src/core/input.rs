@@ -105,8 +105,7 @@ impl Core {
     fn progress(&mut self, said: v1::Progress) {
         let (Ok(id), Ok(host)) = (said.command.parse::<CommandId>(), said.host.parse::<HostId>()) else { return };
         let vm = said.vm.parse::<VmId>().ok();
-        let progress =
-            Progress { phase: said.phase, done: said.done, total: said.total, sent_at_us: said.sent_at_us };
+        let progress = Progress { phase: said.phase, done: said.done, total: said.total, sent_at_us: said.sent_at_us };
         let actions = self.engine.progress(id, host, vm, progress);
         self.attempt(|core| core.apply(actions));
     }
@@ -155,7 +154,14 @@ impl Core {
                     let name = self.inventory.host_name(host);
                     tracing::info!(host = %host, name, "host online");
                     self.alarms.remove(&format!("offline {host}"));
-                    self.log_event(Severity::Info, "host-online", format!("host {name} is online"), Some(host), None, "");
+                    self.log_event(
+                        Severity::Info,
+                        "host-online",
+                        format!("host {name} is online"),
+                        Some(host),
+                        None,
+                        "",
+                    );
                 }
                 Change::Offline { host, last_seen_us } => {
                     let name = self.inventory.host_name(host);
@@ -166,7 +172,8 @@ impl Core {
                 }
                 Change::Restarted { host, machine_too } => {
                     let name = self.inventory.host_name(host);
-                    let what = if machine_too { "the machine was started again" } else { "the agent was started again" };
+                    let what =
+                        if machine_too { "the machine was started again" } else { "the agent was started again" };
                     let message = format!("host {name}: {what}");
                     self.log_event(Severity::Warning, "agent-restarted", message, Some(host), None, "");
                 }

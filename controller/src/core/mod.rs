@@ -51,7 +51,12 @@ use crate::{
 pub enum Outgoing {
     State(v1::ControllerState),
     Groups(v1::GroupSet),
-    Command { id: CommandId, sample: Box<v1::GroupCommand> },
+    /// `hosts`: so many agents that are online are meant.
+    Command {
+        id: CommandId,
+        sample: Box<v1::GroupCommand>,
+        hosts: usize,
+    },
 }
 
 /// Done only when the batch is durable.

@@ -131,11 +131,17 @@ impl Core {
     }
 
     pub(crate) fn host_metrics(&self) -> Vec<api::HostMetrics> {
-        self.inventory.hosts().filter_map(|(id, entry)| Some(host_metrics(id, entry.name(id), entry.metrics.as_ref()?))).collect()
+        self.inventory
+            .hosts()
+            .filter_map(|(id, entry)| Some(host_metrics(id, entry.name(id), entry.metrics.as_ref()?)))
+            .collect()
     }
 
     pub(crate) fn stores(&self) -> Vec<api::Store> {
-        self.inventory.hosts().filter_map(|(id, entry)| Some(store(id, entry.name(id), entry.store.as_ref()?))).collect()
+        self.inventory
+            .hosts()
+            .filter_map(|(id, entry)| Some(store(id, entry.name(id), entry.store.as_ref()?)))
+            .collect()
     }
 
     /// The VMs that `target` means (comma separated); all when there is none.
@@ -400,20 +406,15 @@ impl Core {
             })
             .collect();
         let vms = self.vms(None)?.into_iter().map(|vm| {
-            let metrics = self.heard_of(vm.id).and_then(|(host, entry)| {
-                Some(vm_metrics(vm.id, host, vm.name.clone(), entry.metrics.as_ref()?))
-            });
+            let metrics = self
+                .heard_of(vm.id)
+                .and_then(|(host, entry)| Some(vm_metrics(vm.id, host, vm.name.clone(), entry.metrics.as_ref()?)));
             api::TopVm { vm, metrics }
         });
         // ids sort by time: newest first
         let mut commands: Vec<_> = self.engine.records().filter(|r| r.is_open()).map(summary).collect();
         commands.reverse();
-        Ok(api::Top {
-            status: self.status(),
-            hosts: by_host,
-            vms: vms.collect(),
-            commands,
-        })
+        Ok(api::Top { status: self.status(), hosts: by_host, vms: vms.collect(), commands })
     }
 }
 

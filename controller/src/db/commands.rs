@@ -88,9 +88,8 @@ impl Db {
         record.ended_at_us = ended_at_us.cast_unsigned();
         let mut statement =
             self.connection.prepare_cached("SELECT member, body FROM verdicts WHERE command = ?1").attempt(WHAT)?;
-        let rows = statement
-            .query_map([id], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?)))
-            .attempt(WHAT)?;
+        let rows =
+            statement.query_map([id], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?))).attempt(WHAT)?;
         for row in rows {
             let (member, body) = row.attempt(WHAT)?;
             if let Some(place) = usize::try_from(member).ok().and_then(|at| record.verdicts.get_mut(at)) {

@@ -82,21 +82,23 @@ impl<T: DeserializeOwned> FromRequest<Shared> for Post<T> {
         let caller = Caller::from_request_parts(&mut parts, shared).await?;
         let key = idempotency_key(&parts.headers)?;
         // a web page cannot send this type without asking first (CORS), and nobody answers that
-        let json = parts
-            .headers
-            .get(header::CONTENT_TYPE)
-            .and_then(|value| value.to_str().ok())
-            .is_some_and(|value| value.split(';').next().is_some_and(|t| t.trim().eq_ignore_ascii_case("application/json")));
+        let json = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).is_some_and(|value| {
+            value.split(';').next().is_some_and(|t| t.trim().eq_ignore_ascii_case("application/json"))
+        });
         if !json {
             return Err(Refusal::invalid("the body must be JSON: set Content-Type: application/json"));
         }
         let mut hash = blake3::Hasher::new();
-        hash.update(parts.method.as_str().as_bytes()).update(b" ").update(parts.uri.to_string().as_bytes()).update(b"\n");
+        hash.update(parts.method.as_str().as_bytes())
+            .update(b" ")
+            .update(parts.uri.to_string().as_bytes())
+            .update(b"\n");
         let bytes = Bytes::from_request(Request::from_parts(parts, body), shared)
             .await
             .map_err(|rejection| Refusal::invalid(rejection.body_text()))?;
         hash.update(&bytes);
-        let value = serde_json::from_slice(&bytes).map_err(|error| Refusal::invalid(format!("read the body: {error}")))?;
+        let value =
+            serde_json::from_slice(&bytes).map_err(|error| Refusal::invalid(format!("read the body: {error}")))?;
         Ok(Self { value, caller, key, request: hash.finalize().to_hex().to_string() })
     }
 }

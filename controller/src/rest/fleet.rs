@@ -65,7 +65,9 @@ pub async fn get_store(State(shared): State<Shared>, Name(name): Name) -> Answer
         .call(move |core| {
             let id = core.names().host(&name)?;
             let store = core.stores().into_iter().find(|store| store.host == id);
-            store.ok_or_else(|| Refusal::new(ErrorCode::Unavailable, format!("host {name} has not spoken of its store yet")))
+            store.ok_or_else(|| {
+                Refusal::new(ErrorCode::Unavailable, format!("host {name} has not spoken of its store yet"))
+            })
         })
         .await?;
     json(found)

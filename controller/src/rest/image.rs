@@ -2,12 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use axum::{
-    body::Body,
-    extract::State,
-    http::StatusCode,
-    response::IntoResponse,
-};
+use axum::{body::Body, extract::State, http::StatusCode, response::IntoResponse};
 use futures_util::StreamExt;
 use muster_api::{
     Blob, Command, CreateTemplate, Estimate, EstimateRequest, Image, ImportByPath, ImportQuery, Job, ListQuery, Page,
@@ -105,15 +100,15 @@ fn begin(shared: &Shared, import: Import) -> Answer {
 /// Writes a body to a file; stretches of zeros become holes.
 async fn receive(path: &Path, body: Body, limit: ByteLen) -> Result<(), Refusal> {
     let failed = |error: std::io::Error| {
-        let code =
-            if error.kind() == std::io::ErrorKind::StorageFull { ErrorCode::NoSpace } else { ErrorCode::Io };
+        let code = if error.kind() == std::io::ErrorKind::StorageFull { ErrorCode::NoSpace } else { ErrorCode::Io };
         Refusal::new(code, format!("store the upload: {error}"))
     };
     let mut file = tokio::fs::File::create(path).await.map_err(failed)?;
     let mut stream = body.into_data_stream();
     let mut len = 0u64;
     while let Some(chunk) = stream.next().await {
-        let chunk = chunk.map_err(|error| Refusal::invalid(format!("the upload broke off after {len} bytes: {error}")))?;
+        let chunk =
+            chunk.map_err(|error| Refusal::invalid(format!("the upload broke off after {len} bytes: {error}")))?;
         len += chunk.len() as u64;
         if len > limit.0 {
             return Err(Refusal::invalid(format!("the upload is larger than {limit} (images.upload_limit)")));
@@ -186,7 +181,8 @@ pub async fn put_blob(State(shared): State<Shared>, body: Body) -> Answer {
         let digest = repository.put_blob(&bytes)?;
         Ok::<_, Refusal>(Blob { digest, bytes: bytes.len() as u64 })
     });
-    let blob = stored.await.map_err(|error| Refusal::new(ErrorCode::Internal, format!("store the blob: {error}")))??;
+    let blob =
+        stored.await.map_err(|error| Refusal::new(ErrorCode::Internal, format!("store the blob: {error}")))??;
     Ok((StatusCode::CREATED, axum::Json(blob)).into_response())
 }
 

@@ -93,8 +93,8 @@ impl Connected<IncomingStream<'_, TcpListener>> for Caller {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let problem = self.into_problem();
-        let status = axum::http::StatusCode::from_u16(problem.status)
-            .unwrap_or(axum::http::StatusCode::INTERNAL_SERVER_ERROR);
+        let status =
+            axum::http::StatusCode::from_u16(problem.status).unwrap_or(axum::http::StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, axum::Json(problem)).into_response();
         response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM_JSON));
         response

@@ -77,13 +77,25 @@ fn examine(core: &Core) -> Doctor {
     for host in &hosts {
         let name = format!("host {}", host.name);
         if host.duplicate_incarnation {
-            checks.push(bad(&name, host.alarm.clone(), "stop one of the two agents and give it a state directory of its own"));
+            checks.push(bad(
+                &name,
+                host.alarm.clone(),
+                "stop one of the two agents and give it a state directory of its own",
+            ));
         } else if host.state == HostState::Offline {
             checks.push(bad(&name, "no heartbeat".to_string(), "look whether its agent runs and reaches the network"));
         } else if host.accelerator == "none" {
-            checks.push(warning(&name, format!("no hypervisor: {}", host.hypervisor_remark), "install libvirt and QEMU there"));
+            checks.push(warning(
+                &name,
+                format!("no hypervisor: {}", host.hypervisor_remark),
+                "install libvirt and QEMU there",
+            ));
         } else if host.accelerator == "tcg" {
-            checks.push(warning(&name, format!("no KVM: {}", host.hypervisor_remark), "guests run, slowly; enable virtualisation"));
+            checks.push(warning(
+                &name,
+                format!("no KVM: {}", host.hypervisor_remark),
+                "guests run, slowly; enable virtualisation",
+            ));
         } else {
             checks.push(good(&name, format!("online, {}", host.accelerator)));
         }
@@ -92,7 +104,11 @@ fn examine(core: &Core) -> Doctor {
         let name = format!("store of {}", store.host_name);
         let used = store.resident_bytes.saturating_mul(100).checked_div(store.budget_bytes).unwrap_or(0);
         if used >= 90 {
-            checks.push(warning(&name, format!("{used} % of its budget is used"), "delete volumes or images, or raise the budget"));
+            checks.push(warning(
+                &name,
+                format!("{used} % of its budget is used"),
+                "delete volumes or images, or raise the budget",
+            ));
         }
         if store.guest_file_reads > 0 {
             let message = format!("{} reads of files were made to serve guests", store.guest_file_reads);
@@ -102,7 +118,11 @@ fn examine(core: &Core) -> Doctor {
     for vm in core.vms(None).unwrap_or_default() {
         let name = format!("VM {}", vm.name);
         if matches!(vm.standing, VmStanding::Missing | VmStanding::Doubtful) {
-            checks.push(bad(&name, "its host does not have it, or did not say".to_string(), "delete it, or restore it from a backup"));
+            checks.push(bad(
+                &name,
+                "its host does not have it, or did not say".to_string(),
+                "delete it, or restore it from a backup",
+            ));
         } else if vm.disks.iter().any(|disk| disk.condition == "lost") {
             checks.push(bad(&name, "a volume was lost with its host's memory".to_string(), "restore it from a backup"));
         }

@@ -40,6 +40,7 @@ struct State {
     ledger: BTreeMap<(String, String), v1::Verdict>,
     executed: u64,
     budget_bytes: u64,
+    stream_endpoint: String,
 }
 
 /// An agent: heartbeats, one VM table, verdicts.
@@ -58,13 +59,15 @@ impl FakeAgent {
         Self::start_as(bus, name, HostId::random(), BTreeMap::new())
     }
 
-    fn start_as(
-        bus: &Bus,
-        name: &str,
-        host: HostId,
-        ledger: BTreeMap<(String, String), v1::Verdict>,
-    ) -> Self {
-        let state = State { mood: Mood::Obeys, vms: BTreeMap::new(), ledger, executed: 0, budget_bytes: 1 << 30 };
+    fn start_as(bus: &Bus, name: &str, host: HostId, ledger: BTreeMap<(String, String), v1::Verdict>) -> Self {
+        let state = State {
+            mood: Mood::Obeys,
+            vms: BTreeMap::new(),
+            ledger,
+            executed: 0,
+            budget_bytes: 1 << 30,
+            stream_endpoint: String::new(),
+        };
         let state = Arc::new(Mutex::new(state));
         let alive = Arc::new(AtomicBool::new(true));
         let heard = Arc::new(AtomicU64::new(0));
@@ -76,6 +79,7 @@ impl FakeAgent {
             state: state.clone(),
             alive: alive.clone(),
             heard: heard.clone(),
+            started_at_us: now_us(),
         };
         let thread = std::thread::spawn(move || agent.run());
         Self { host, name: name.to_string(), state, alive, thread: Some(thread), heard }
@@ -86,6 +90,9 @@ impl FakeAgent {
     }
     pub fn set_budget(&self, bytes: u64) {
         self.state.lock().unwrap().budget_bytes = bytes;
+    }
+    pub fn set_stream_endpoint(&self, url: &str) {
+        self.state.lock().unwrap().stream_endpoint = url.to_string();
     }
     pub fn executed(&self) -> u64 {
         self.state.lock().unwrap().executed
@@ -120,6 +127,7 @@ struct Running {
     state: Arc<Mutex<State>>,
     alive: Arc<AtomicBool>,
     heard: Arc<AtomicU64>,
+    started_at_us: u64,
 }
 
 fn now_us() -> u64 {
@@ -159,6 +167,7 @@ impl Running {
                 let _ = heartbeat.publish(&beat);
                 let _ = metrics.publish(&self.metrics());
                 let _ = store.publish(&self.store());
+                let _ = physical_host.publish(&self.describe());
                 for system in self.state.lock().unwrap().vms.values() {
                     let _ = systems.publish(system);
                 }
@@ -327,8 +336,8 @@ impl Running {
             hypervisor_remark: String::new(),
             draining: false,
             lab: true,
-            stream_endpoint: String::new(),
-            started_at_us: now_us(),
+            stream_endpoint: self.state.lock().unwrap().stream_endpoint.clone(),
+            started_at_us: self.started_at_us,
         }
     }
 
@@ -429,11 +438,8 @@ impl Fleet {
         bytes[..8].copy_from_slice(b"a system");
         bytes[500_000] = 7;
         std::fs::write(&path, bytes).unwrap();
-        let import = muster_api::ImportByPath {
-            name: "debian".into(),
-            path: path.display().to_string(),
-            ..Default::default()
-        };
+        let import =
+            muster_api::ImportByPath { name: "debian".into(), path: path.display().to_string(), ..Default::default() };
         let job = self.client.import_image_by_path(&import).await.unwrap();
         let job = self.client.follow_job(&job.id, |_| ()).await.unwrap();
         assert_eq!(job.state, muster_api::JobState::Done, "{:?}", job.problem);

@@ -7,8 +7,8 @@ use super::{Client, ClientError, Events, Upgraded, Upload, segment};
 use crate::{
     Backup, Blob, ChangeGroup, Command, CommandEvent, CommandQuery, CommandSummary, CreateCommand, CreateGroup,
     CreateTemplate, CreateVms, CreatedVms, Doctor, Estimate, EstimateRequest, Event, EventQuery, Group, Host,
-    HostMetrics, Image, ImportByPath, ImportQuery, Job, JobEvent, JobState, ListQuery, Page, PullImage, STREAM_PROTOCOL,
-    Status, Store, Template, Top, Usage, UsageQuery, Vm, VmMetrics, VmQuery, Volume, VolumeQuery,
+    HostMetrics, Image, ImportByPath, ImportQuery, Job, JobEvent, JobState, ListQuery, Page, PullImage,
+    STREAM_PROTOCOL, Status, Store, Template, Top, Usage, UsageQuery, Vm, VmMetrics, VmQuery, Volume, VolumeQuery,
 };
 
 type Answer<T> = Result<T, ClientError>;

@@ -267,8 +267,7 @@ impl Request<'_> {
     }
 
     async fn bytes(self) -> Result<bytes::Bytes, ClientError> {
-        let (method, path, endpoint) =
-            (self.method.to_string(), self.path.clone(), self.client.endpoint.to_string());
+        let (method, path, endpoint) = (self.method.to_string(), self.path.clone(), self.client.endpoint.to_string());
         let response = self.send().await?;
         response.bytes().await.map_err(|source| ClientError::Transport { method, path, endpoint, source })
     }

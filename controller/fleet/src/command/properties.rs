@@ -240,8 +240,7 @@ fn a_silent_member_of_a_live_host_is_unknown_and_of_a_dead_one_offline() {
     assert_eq!(engine.tick(112 * S, &world), []);
     world.1 = 113 * S;
     engine.tick(113 * S, &world);
-    let outcomes: Vec<Outcome> =
-        engine.get(id).unwrap().verdicts.iter().map(|v| v.as_ref().unwrap().outcome).collect();
+    let outcomes: Vec<Outcome> = engine.get(id).unwrap().verdicts.iter().map(|v| v.as_ref().unwrap().outcome).collect();
     assert_eq!(outcomes, [Outcome::Unknown, Outcome::Offline]);
     // its own word comes late, replaces the controller's, and is final
     let (host, vm, _) = members[1];
