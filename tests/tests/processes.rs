@@ -90,7 +90,7 @@ fn a_command_of_another_vendor_is_obeyed_like_ours() {
     let output = std::process::Command::new(python)
         .arg(muster_tests::source_root().join("examples/python/command.py"))
         .args(["--cell", &fleet.cell().to_string(), "--interface", "127.0.0.1", "--peer", "127.0.0.1"])
-        .args(["pause", "host1-desk1", "host2-desk2"])
+        .args(["pause", "host1-desk01", "host2-desk02"])
         .output()
         .unwrap();
     assert!(
@@ -105,6 +105,6 @@ fn a_command_of_another_vendor_is_obeyed_like_ours() {
         let mut paused: Vec<&str> =
             list.as_array()?.iter().filter(|vm| vm["state"] == "paused").filter_map(|vm| vm["name"].as_str()).collect();
         paused.sort_unstable();
-        (paused == ["host1-desk1", "host2-desk2"]).then_some(())
+        (paused == ["host1-desk01", "host2-desk02"]).then_some(())
     });
 }
