@@ -341,7 +341,7 @@ async fn only_this_machine_asks_and_lab_mode_is_said_everywhere() {
     assert_eq!(nowhere.code, "not-found");
     let method = http.put(format!("{base}/v1/hosts")).send().await.unwrap();
     assert_eq!(
-        (method.status().as_u16(), &method.headers()["content-type"].to_str().unwrap()[..]),
+        (method.status().as_u16(), method.headers()["content-type"].to_str().unwrap()),
         (405, "application/problem+json")
     );
     let limit = http.get(format!("{base}/v1/hosts?limit=0")).send().await.unwrap();
