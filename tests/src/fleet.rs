@@ -4,6 +4,7 @@
 
 use std::{
     fs::{self, File},
+    net::IpAddr,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     time::Duration,
@@ -29,8 +30,40 @@ pub struct Fleet {
     controller: Option<Process>,
     pub hosts: Vec<Host>,
     domain: Domain,
+    network: Network,
     hypervisor: String,
     dir: tempfile::TempDir,
+}
+
+/// Where the processes of a [`Fleet`] meet.
+#[derive(Clone, Debug)]
+pub enum Network {
+    /// The loopback interface, without multicast: up to a dozen processes.
+    Loopback,
+    /// One interface with multicast, in a network namespace: as many as the machine bears.
+    Namespace { name: String, address: IpAddr },
+}
+
+impl Network {
+    fn interface(&self) -> IpAddr {
+        match self {
+            Network::Loopback => IpAddr::from([127, 0, 0, 1]),
+            Network::Namespace { address, .. } => *address,
+        }
+    }
+    fn multicast(&self) -> bool {
+        matches!(self, Network::Namespace { .. })
+    }
+    fn command(&self, program: &Path) -> Command {
+        match self {
+            Network::Loopback => Command::new(program),
+            Network::Namespace { name, .. } => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", name]).arg(program);
+                command
+            }
+        }
+    }
 }
 
 /// A program of this workspace, as `cargo build` left it.
@@ -51,12 +84,21 @@ impl Fleet {
     /// # Panics
     /// When they do not find each other in time.
     pub fn start(hosts: usize, hypervisor: &str) -> Self {
+        Self::start_on(Network::Loopback, hosts, hypervisor)
+    }
+
+    /// As [`Fleet::start`], on another network.
+    ///
+    /// # Panics
+    /// When they do not find each other in time.
+    pub fn start_on(network: Network, hosts: usize, hypervisor: &str) -> Self {
         // short: unix sockets lie below it
         let dir = tempfile::Builder::new().prefix("mt").tempdir_in("/tmp").expect("make a temporary directory");
         let mut fleet = Self {
             controller: None,
             hosts: Vec::new(),
             domain: free_domain(),
+            network,
             hypervisor: hypervisor.to_string(),
             dir,
         };
@@ -88,15 +130,17 @@ impl Fleet {
     pub fn start_controller(&mut self) {
         let dir = self.dir.path();
         let text = format!(
-            "lab = true\nstate_dir = '{state}'\n[api]\nsocket = '{socket}'\n[stream]\nlisten = '127.0.0.1:0'\n\
-             [bus]\ncells = [{cell}]\ninterface = '127.0.0.1'\nmulticast = false\n",
+            "lab = true\nstate_dir = '{state}'\n[api]\nsocket = '{socket}'\n[stream]\nlisten = '{interface}:0'\n\
+             [bus]\ncells = [{cell}]\ninterface = '{interface}'\nmulticast = {multicast}\n",
+            interface = self.network.interface(),
+            multicast = self.network.multicast(),
             state = dir.join("c").display(),
             socket = self.socket().display(),
             cell = self.cell(),
         );
         let config = dir.join("controller.toml");
         fs::write(&config, text).expect("write the controller's configuration");
-        self.controller = Some(spawn("muster-controller", &config, &dir.join("controller.log")));
+        self.controller = Some(spawn(&self.network, "muster-controller", &config, &dir.join("controller.log")));
         wait_for("the controller to answer", LIMIT, || self.try_json(&["status"]));
     }
 
@@ -104,9 +148,11 @@ impl Fleet {
     pub fn start_host(&mut self, index: usize) {
         let host = &self.hosts[index];
         let text = format!(
-            "lab = true\nname = '{name}'\ncell = {cell}\ninterface = '127.0.0.1'\nmulticast = false\n\
+            "lab = true\nname = '{name}'\ncell = {cell}\ninterface = '{interface}'\nmulticast = {multicast}\n\
              state_dir = '{state}'\nrun_dir = '{run}'\nforce_stop = true\n[store]\nbudget = '512MiB'\n\
-             [hypervisor]\nuri = '{hypervisor}'\n[stream]\nlisten = '127.0.0.1:0'\n",
+             [hypervisor]\nuri = '{hypervisor}'\n[stream]\nlisten = '{interface}:0'\n",
+            interface = self.network.interface(),
+            multicast = self.network.multicast(),
             name = host.name,
             cell = self.cell(),
             state = host.dir.join("s").display(),
@@ -115,7 +161,7 @@ impl Fleet {
         );
         let config = host.dir.join("agent.toml");
         fs::write(&config, text).expect("write the agent's configuration");
-        let process = spawn("muster-agent", &config, &host.dir.join("log"));
+        let process = spawn(&self.network, "muster-agent", &config, &host.dir.join("log"));
         self.hosts[index].process = Some(process);
     }
 
@@ -224,10 +270,10 @@ pub fn outcomes(command: &Value) -> Vec<(String, u64)> {
     counts.into_iter().collect()
 }
 
-fn spawn(name: &str, config: &Path, log: &Path) -> Process {
+fn spawn(network: &Network, name: &str, config: &Path, log: &Path) -> Process {
     let log = File::options().create(true).append(true).open(log).expect("open a log");
     let errors = log.try_clone().expect("open a log twice");
-    let mut command = Command::new(program(name));
+    let mut command = network.command(&program(name));
     command.arg("--config").arg(config).stdin(Stdio::null()).stdout(log).stderr(errors).current_dir(source_root());
     Process::spawn(&mut command).unwrap_or_else(|e| panic!("start {name}: {e}"))
 }
