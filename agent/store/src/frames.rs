@@ -56,9 +56,9 @@ fn count_down_shared(references: &AtomicU32, sticky: u32) -> bool {
 
 pub(crate) struct Frames {
     pub(crate) blocks: Blocks,
-    references: Words,
-    /// The tag each frame is listed under; also its checksum.
-    tags: Words,
+    /// Two words a frame, side by side because they are wanted together: how many references it has, and the tag it is
+    /// listed under, which is also its checksum.
+    words: Words,
     pub(crate) pool: Pool,
     pub(crate) index: Index,
     /// Keys the hash, so that a guest cannot prepare blocks that share tags.
@@ -91,8 +91,7 @@ impl Frames {
         rand::fill(&mut secret);
         Ok(Frames {
             blocks: Blocks::reserve(count, pages)?,
-            references: Words::reserve(count)?,
-            tags: Words::reserve(count)?,
+            words: Words::reserve(2 * count)?,
             pool: Pool::new(capacity, unit),
             index: Index::new(),
             secret,
@@ -106,7 +105,12 @@ impl Frames {
 
     #[inline]
     fn references(&self, frame: u32) -> &AtomicU32 {
-        &self.references.all()[frame as usize]
+        &self.words.all()[2 * frame as usize]
+    }
+
+    #[inline]
+    fn tag_word(&self, frame: u32) -> &AtomicU32 {
+        &self.words.all()[2 * frame as usize + 1]
     }
 
     pub(crate) fn count(&self, frame: u32) -> u32 {
@@ -114,7 +118,7 @@ impl Frames {
     }
 
     pub(crate) fn tag(&self, frame: u32) -> u32 {
-        self.tags.all()[frame as usize].load(Relaxed)
+        self.tag_word(frame).load(Relaxed)
     }
 
     /// Whether a frame the caller keeps alive still has the hash it was stored under.
@@ -123,8 +127,8 @@ impl Frames {
     }
 
     #[cfg(test)]
-    pub(crate) fn regions(&self) -> [std::ops::Range<usize>; 3] {
-        [self.blocks.addresses(), self.references.addresses(), self.tags.addresses()]
+    pub(crate) fn regions(&self) -> [std::ops::Range<usize>; 2] {
+        [self.blocks.addresses(), self.words.addresses()]
     }
 
     /// Damages a frame, for tests of verification.
@@ -188,7 +192,7 @@ impl Engine {
         }
         let frame = self.take_frame()?;
         frames.blocks.fill(frame, block);
-        frames.tags.all()[frame as usize].store(tag, Relaxed);
+        frames.tag_word(frame).store(tag, Relaxed);
         if found == Found::Nowhere && !shard.insert(tag, frame, |bytes| self.charge(bytes), &self.budget) {
             drop(shard);
             self.put_frame(frame);
