@@ -2,12 +2,12 @@
 
 use muster_common::ErrorCode;
 
-/// A refusal, with what to do about it where that is known.
+/// A refusal. Names to offer instead are in [`FleetError::near`], not in the text: whoever prints it appends them once.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FleetError {
-    #[error("no {what} named {name:?}{}", near_text(.near))]
+    #[error("no {what} named {name:?}")]
     Unknown { what: &'static str, name: String, near: Vec<String> },
-    #[error("{name:?} is ambiguous: it could be {}", .candidates.join(", "))]
+    #[error("{name:?} is ambiguous")]
     Ambiguous { name: String, candidates: Vec<String> },
     #[error("{target} names no {what}")]
     Empty { target: String, what: &'static str },
@@ -45,8 +45,4 @@ impl FleetError {
             _ => &[],
         }
     }
-}
-
-fn near_text(near: &[String]) -> String {
-    if near.is_empty() { String::new() } else { format!("; did you mean {}?", near.join(" or ")) }
 }

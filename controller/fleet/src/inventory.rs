@@ -120,6 +120,13 @@ pub struct VmEntry {
     pub version: u64,
 }
 
+impl VmEntry {
+    /// Off (3) and saved (6) VMs use nothing.
+    fn has_process(&self) -> bool {
+        !matches!(self.system.enabled_state, 3 | 6)
+    }
+}
+
 /// All hosts and VMs heard of.
 #[derive(Clone, Debug, Default)]
 pub struct Inventory {
@@ -257,6 +264,8 @@ impl Inventory {
         for (id, entry) in &mut self.hosts {
             if entry.online && now_us.saturating_sub(entry.last_seen_us) > offline_after {
                 entry.online = false;
+                // what it measured last is no reading of now
+                entry.metrics = None;
                 entry.version += 1;
                 changes.push(Change::Offline { host: *id, last_seen_us: entry.last_seen_us });
             }
@@ -336,6 +345,9 @@ impl Inventory {
                 }
                 entry.system = system;
                 entry.heard_us = now_us;
+                if !entry.has_process() {
+                    entry.metrics = None;
+                }
             }
             None => {
                 changes.push(Change::VmState { host, vm, from: 0, to: system.enabled_state });
@@ -353,6 +365,7 @@ impl Inventory {
     pub fn vm_metrics(&mut self, metrics: VmMetrics) {
         if let (Ok(vm), Ok(host)) = (metrics.vm.parse::<VmId>(), metrics.host.parse::<HostId>())
             && let Some(entry) = self.vms.get_mut(&(vm, host))
+            && entry.has_process()
         {
             entry.metrics = Some(metrics);
         }
@@ -449,5 +462,53 @@ mod tests {
         assert!(inventory.is_missing(vm, host, 30 * S));
         inventory.tick(60 * S);
         assert!(!inventory.is_missing(vm, host, 60 * S), "an offline host says nothing");
+    }
+
+    #[test]
+    fn what_is_off_has_no_load() {
+        let mut inventory = Inventory::default();
+        let (host, vm) = (HostId::random(), VmId::random());
+        let system = |enabled_state, sampled_at_us| VirtualSystem {
+            host: host.to_string(),
+            vm: vm.to_string(),
+            incarnation: String::new(),
+            name: "a".into(),
+            enabled_state,
+            requested_state: 12,
+            health_state: 5,
+            operational_status: vec![],
+            guest_up: false,
+            virtual_processors: 1,
+            memory_bytes: 0,
+            disks: vec![],
+            template: String::new(),
+            remark: String::new(),
+            changed_at_us: 0,
+            sampled_at_us,
+        };
+        let load = VmMetrics {
+            host: host.to_string(),
+            vm: vm.to_string(),
+            sampled_at_us: 0,
+            processor_percent: 5.0,
+            processor_time_us: 0,
+            memory_resident_bytes: 0,
+            memory_used_bytes: 0,
+            disk_reads: 0,
+            disk_writes: 0,
+            disk_read_bytes: 0,
+            disk_written_bytes: 0,
+            network_received_bytes: 0,
+            network_sent_bytes: 0,
+        };
+        inventory.virtual_system(system(2, 1), S);
+        inventory.vm_metrics(load.clone());
+        assert!(inventory.vm_on(vm, host).unwrap().metrics.is_some());
+        let changes = inventory.virtual_system(system(3, 2), 2 * S);
+        assert_eq!(changes, [Change::VmState { host, vm, from: 2, to: 3 }]);
+        inventory.vm_metrics(load);
+        assert!(inventory.vm_on(vm, host).unwrap().metrics.is_none(), "a reading that was on the way");
+        inventory.virtual_system(system(2, 1), 3 * S);
+        assert_eq!(inventory.vm_on(vm, host).unwrap().system.enabled_state, 3, "old news");
     }
 }

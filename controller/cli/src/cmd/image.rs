@@ -121,9 +121,13 @@ async fn import(
             new_revision: false,
         };
         match client.import_image_by_path(&by_path).await {
-            Ok(job) => return follow_job(session, &job).await,
-            // another mount namespace or another user: send the bytes
-            Err(e) if matches!(e.code(), ErrorCode::NotFound | ErrorCode::PermissionDenied | ErrorCode::Io) => {}
+            Ok(job) => {
+                let job = follow_job(session, &job).await?;
+                if !job.problem.as_ref().is_some_and(|problem| unreadable(problem.code)) {
+                    return Ok(job);
+                }
+            }
+            Err(e) if unreadable(e.code()) => {}
             Err(e) => return Err(e.into()),
         }
     }
@@ -150,6 +154,11 @@ async fn import(
     };
     line.clear();
     follow_job(session, &job).await
+}
+
+/// The controller is in another mount namespace or runs as another user: then the bytes are sent.
+fn unreadable(code: ErrorCode) -> bool {
+    matches!(code, ErrorCode::NotFound | ErrorCode::PermissionDenied | ErrorCode::Io)
 }
 
 async fn follow_job(session: &Session, job: &Job) -> anyhow::Result<Job> {
