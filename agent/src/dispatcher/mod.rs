@@ -43,9 +43,9 @@ use judge::Facts;
 /// One member's share of a command, numbered in the order of arrival.
 pub type TaskId = u64;
 
-/// How long after its deadline a task that does not end is given up. The executor ends by the deadline itself; this is
-/// for one that hangs.
-pub const OVERRUN_US: u64 = 3_000_000;
+/// How long after its deadline a task that does not end is given up: within the controller's grace of 3 s. The executor
+/// ends by the deadline itself; this is for one that hangs.
+pub const OVERRUN_US: u64 = 1_500_000;
 
 /// Longer texts are cut: a verdict has to fit into a ledger record and a sample.
 const MESSAGE_LIMIT: usize = 4 << 10;
