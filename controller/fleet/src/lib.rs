@@ -1,6 +1,6 @@
 //! The controller's decisions: who is there, who is meant, where a new VM goes, and what became of a command.
 //!
-//! Main types: [`inventory::Inventory`] (hosts and VMs as heard of), [`groups::Groups`], [`target::resolve`],
+//! Main types: [`inventory::Inventory`] (hosts and VMs as heard of), [`groups::Groups`], [`target::hosts`] and [`target::vms`],
 //! [`placement::place`], [`command::Engine`].
 //!
 //! Invariants:
