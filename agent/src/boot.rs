@@ -66,6 +66,14 @@ impl BootFiles {
         std::fs::rename(&temporary, &path)
     }
 
+    /// At an orderly stop: memory outside of `run_dir` is given back. The files are fetched again, as images are.
+    pub fn leave(&self) {
+        if let Some(own) = self.directory.parent().filter(|d| d.starts_with("/dev/shm")) {
+            // what stays costs memory and nothing else
+            let _ = std::fs::remove_dir_all(own);
+        }
+    }
+
     /// Removes those no VM names.
     pub fn sweep(&self, used: &[Digest]) {
         let names: Vec<String> = used.iter().map(Digest::to_string).collect();

@@ -4,7 +4,7 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -54,6 +54,8 @@ pub struct Host {
     pub stream_endpoint: Mutex<String>,
     /// See `accounting`.
     pub guest_file_reads: AtomicU64,
+    /// Ending as by SIGKILL: nothing more is said.
+    pub silent: AtomicBool,
 }
 
 impl Host {

@@ -245,6 +245,7 @@ impl Agent {
             voice: voice.clone(),
             stream_endpoint: Mutex::new(stream::advertised(&config, stream_address)),
             guest_file_reads: Default::default(),
+            silent: Default::default(),
             clock,
             config,
         });
@@ -370,6 +371,7 @@ impl Agent {
     /// Ends as by SIGKILL, as far as others can see: nothing is paused, nothing more is said or recorded, commands at work
     /// are cut off. For tests.
     pub async fn kill(self) {
+        self.host.silent.store(true, std::sync::atomic::Ordering::Relaxed);
         self.driver.1.abort();
         self.telemetry.2.abort();
         self.take_apart(false).await;
@@ -414,6 +416,9 @@ impl Agent {
         // 7
         let exports = self.exports;
         blocking(move || exports.stop()).await;
+        if orderly {
+            host.boot_files.leave();
+        }
         // another agent may be coming up on it: only a dead socket's file is in its way, and it replaces that
         let _ = std::fs::remove_file(host.config.control_socket());
         tracing::info!(host = %host.id, orderly, "agent stopped");

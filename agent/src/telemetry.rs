@@ -120,8 +120,9 @@ impl Telemetry {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
         }
-        let last = self.physical_host(EnabledState::ShuttingDown);
-        publish(&self.physical, &last);
+        if !self.host.silent.load(std::sync::atomic::Ordering::Relaxed) {
+            publish(&self.physical, &self.physical_host(EnabledState::ShuttingDown));
+        }
     }
 
     fn each_second(&mut self) {

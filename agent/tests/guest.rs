@@ -19,6 +19,11 @@ use muster_idl::{
     v1::{Member, Outcome, Verb, Verdict},
 };
 use muster_repository::source::{ImageFormat, open_image};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
 use support::{Controller, Depot, Place, network, vm_on};
 
 /// A guest under translation on a busy machine.
@@ -85,6 +90,33 @@ impl World {
         let result: ExecResult = serde_json::from_str(&verdict.result).unwrap();
         (result.exit_status, result.stdout)
     }
+}
+
+/// Asks for a raw stream and takes the answer's head off.
+async fn upgraded(address: std::net::SocketAddr, path: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: muster-stream\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut seen = Vec::new();
+    while !seen.ends_with(b"\r\n\r\n") {
+        seen.push(stream.read_u8().await.unwrap());
+    }
+    assert!(seen.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&seen));
+    stream
+}
+
+async fn say_and_hear(mut stream: TcpStream, say: &[u8], hear: &str) {
+    stream.write_all(say).await.unwrap();
+    let mut heard = Vec::new();
+    let hearing = async {
+        let mut piece = [0; 1024];
+        while !String::from_utf8_lossy(&heard).contains(hear) {
+            let len = stream.read(&mut piece).await.unwrap();
+            assert!(len > 0, "the stream ended: {}", String::from_utf8_lossy(&heard));
+            heard.extend_from_slice(&piece[..len]);
+        }
+    };
+    tokio::time::timeout(BOOT, hearing).await.expect("the guest says it");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -170,6 +202,12 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     eprintln!("evidence: {}", ping["evidence"]);
     assert_eq!(ping["evidence"]["guest_file_reads"], 0);
     assert!(!ping["evidence"]["hypervisor"].as_object().unwrap().is_empty());
+
+    // the serial port and the screen, as raw bytes
+    let console = upgraded(agent.stream_address(), &format!("/bulk/v1/vms/{}/console", w.vm.vm)).await;
+    say_and_hear(console, b"\necho con''sole-$((6*7))\n", "console-42").await;
+    let vnc = upgraded(agent.stream_address(), &format!("/bulk/v1/vms/{}/vnc", w.vm.vm)).await;
+    say_and_hear(vnc, b"", "RFB 003").await;
 
     for verb in [Verb::Pause, Verb::Resume, Verb::Suspend, Verb::PowerOn, Verb::Reset] {
         w.done(verb, &[]).await;
