@@ -30,7 +30,7 @@ usage: cargo xtask [--verbose] VERB
   test [FILTER…]     setup, check, guest images and every test (FILTER: passed on to the test runner, skips check)
   python-types       write examples/python/muster_v1.py from the IDL
   bench [FILTER…]    the benches
-  demo               a controller and three hosts on this machine run the main job; the fleet stays up
+  demo [--no-build]  a controller and three hosts on this machine run the main job; the fleet stays up
   demo down          end it and remove every trace
   demo status        what of it is up
 ";
@@ -72,7 +72,8 @@ fn dispatch(verbose: bool, words: &[String]) -> Result<()> {
         ("test", filters) => test::all(&context("test")?, filters),
         ("bench", filters) => test::bench(&context("bench")?, filters),
         ("python-types", []) => python_types(&context("python-types")?),
-        ("demo", []) => demo::up(&context("demo")?),
+        ("demo", []) => demo::up(&context("demo")?, true),
+        ("demo", ["--no-build"]) => demo::up(&context("demo")?, false),
         ("demo", ["down"]) => demo::down(&context("demo-down")?),
         ("demo", ["status"]) => demo::status(&context("demo-status")?),
         ("help" | "--help" | "-h", _) => {

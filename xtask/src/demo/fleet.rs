@@ -65,7 +65,7 @@ impl<'a> Fleet<'a> {
     }
 
     fn all_hosts_online(&self) -> bool {
-        self.json(&["status"]).is_ok_and(|status| status["hosts_online"].as_u64() == Some(HOSTS.len() as u64))
+        self.json(&["status"]).is_ok_and(|status| status["status"]["hosts_online"].as_u64() == Some(HOSTS.len() as u64))
     }
 
     /// Makes machines and starts the programs.

@@ -25,7 +25,8 @@ multicast and no firewall between them, and Debian guest images cannot be built.
   sudo cargo xtask demo                             (network and mount namespaces, bridge, nftables, debootstrap)
 ";
 
-pub fn up(context: &Context) -> Result<()> {
+/// `build`: false takes the programs that `cargo build --release` left.
+pub fn up(context: &Context, build: bool) -> Result<()> {
     let start = Instant::now();
     let root = is_root();
     let fleet = Fleet::new(context, root);
@@ -41,13 +42,13 @@ pub fn up(context: &Context) -> Result<()> {
     }
     println!("Preparing (log: {})", context.target.join("xtask/demo.log").display());
     setup::for_demo(context)?;
-    context.step("build (some minutes the first time)", || {
-        context
-            .cargo()
-            .args(["build", "--locked", "--release", "-p", "muster", "-p", "muster-controller", "-p", "muster-agent"])
-            .run()?;
-        Ok(String::new())
-    })?;
+    if build {
+        context.step("build (some minutes the first time)", || {
+            let programs = ["-p", "muster", "-p", "muster-controller", "-p", "muster-agent"];
+            context.cargo().args(["build", "--locked", "--release"]).args(programs).run()?;
+            Ok(String::new())
+        })?;
+    }
     let real = root || (guest::is_current(context, Piece::Debian)? && guest::is_current(context, Piece::Office)?);
     guest::build(context, if real { &Piece::ALL } else { &[Piece::Kernel, Piece::Tiny] })?;
     if fleet.exists() {
@@ -93,7 +94,7 @@ fn print_hints(context: &Context, fleet: &Fleet<'_>) {
     let picture = context.target.join("xtask/desktop.png");
     println!("\nGo on with it:");
     println!("  export MUSTER_CONNECT={} PATH={}:$PATH", fleet.socket().display(), fleet.dir().join("bin").display());
-    println!("  muster vm power-on school/lab1; muster top; muster vm console lab1-1   (leave with Ctrl-])");
+    println!("  muster vm power-on school/lab1; muster top; muster vm console lab1-01   (leave with Ctrl-])");
     if picture.exists() {
         println!("  the screen of a desktop: {}", shown(context, &picture));
     }
