@@ -123,7 +123,8 @@ async fn import(
         match client.import_image_by_path(&by_path).await {
             Ok(job) => {
                 let job = follow_job(session, &job).await?;
-                if !job.problem.as_ref().is_some_and(|problem| unreadable(problem.code)) {
+                let code = job.problem.as_ref().and_then(|problem| ErrorCode::from_text(&problem.code));
+                if !code.is_some_and(unreadable) {
                     return Ok(job);
                 }
             }
