@@ -27,8 +27,8 @@ fn is_in_memory(path: &Path) -> bool {
 }
 
 impl BootFiles {
-    /// Chooses and makes the directory.
-    pub fn open(run_dir: &Path, host: HostId) -> io::Result<Self> {
+    /// Chooses the directory; it is made with the first file.
+    pub fn choose(run_dir: &Path, host: HostId) -> Self {
         let shared = Path::new("/dev/shm");
         let (directory, in_memory) = if is_in_memory(run_dir) {
             (run_dir.join("boot"), true)
@@ -41,8 +41,7 @@ impl BootFiles {
             );
             (run_dir.join("boot"), false)
         };
-        std::fs::create_dir_all(&directory)?;
-        Ok(Self { directory, in_memory })
+        Self { directory, in_memory }
     }
 
     /// Whether powering on reads no disk.
@@ -60,6 +59,7 @@ impl BootFiles {
 
     /// Keeps verified bytes. Atomic: a file of this name is whole.
     pub fn keep(&self, digest: &Digest, bytes: &[u8]) -> io::Result<()> {
+        std::fs::create_dir_all(&self.directory)?;
         let path = self.path(digest);
         let temporary = self.directory.join(format!("{digest}.{}", muster_common::CommandId::now()));
         std::fs::write(&temporary, bytes)?;

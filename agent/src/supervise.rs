@@ -170,11 +170,7 @@ impl Agent {
         }
         make_directory("make run directory", config.run_dir.clone())?;
         make_directory("make console directory", config.state_dir.join("console"))?;
-        let boot_files = BootFiles::open(&config.run_dir, identity.host).map_err(|source| StartError::Directory {
-            action: "make boot file directory in",
-            path: config.run_dir.clone(),
-            source,
-        })?;
+        let boot_files = BootFiles::choose(&config.run_dir, identity.host);
 
         let pages = match config.store.pages {
             PageChoice::Auto => Pages::Auto,
@@ -241,7 +237,7 @@ impl Agent {
             records,
             draining: DrainMark::new(&config.state_dir),
             boot_files,
-            presence: Mutex::new(Presence::new(identity.host, identity.incarnation, silence, now)),
+            presence: Mutex::new(Presence::new(identity.host, identity.incarnation, silence, clock.now_us())),
             voice: voice.clone(),
             stream_endpoint: Mutex::new(stream::advertised(&config, stream_address)),
             guest_file_reads: Default::default(),

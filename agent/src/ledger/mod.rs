@@ -1,7 +1,7 @@
 //! The durable record of commands: written before an agent acts, so that a command is carried out at most once and its
 //! verdicts can be said again, whatever dies in between.
 //!
-//! Main types: [`Ledger`] (the file), [`Entry`] (one record), [`format`] (the bytes).
+//! Main types: [`Ledger`] (the file), [`Entry`] (one record), [`mod@format`] (the bytes).
 //!
 //! Invariants:
 //! 1. [`Ledger::append`] returns after `fdatasync`: what it was given survives a power loss.
