@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{HypervisorError, HypervisorErrorKind, Result};
@@ -17,16 +18,22 @@ const MARK: &str = "# written by muster at every start; remove this line to keep
 const QEMU_CONF: &str = r#"
 # log files instead of the virtlogd daemon, which an embedded driver does not have
 stdio_handler = "file"
-# QEMU runs as we do
 security_driver = "none"
-user = "root"
-group = "root"
 dynamic_ownership = 0
 remember_owner = 0
 # no cgroups and no private /dev: both need privileges a container withholds
 cgroup_controllers = []
 namespaces = []
 "#;
+
+/// QEMU runs as we do. Without these lines a driver of root runs it as libvirt-qemu; with them a driver of anybody else
+/// does not start, because it cannot give its files to root.
+const RUN_AS_ROOT: &str = "user = \"root\"\ngroup = \"root\"\n";
+
+/// What goes into the file for a driver of the user with this id.
+fn configuration(user: u32) -> String {
+    format!("{MARK}{QEMU_CONF}{}", if user == 0 { RUN_AS_ROOT } else { "" })
+}
 
 /// The directory named by an embed URI.
 pub(super) fn root_of(uri: &str) -> Result<PathBuf> {
@@ -64,7 +71,8 @@ pub(super) fn prepare(root: &Path) -> Result<()> {
     };
     fs::create_dir_all(root.join("etc")).map_err(failed("create the directory of"))?;
     fs::create_dir_all(agent_sockets(root)).map_err(failed("create a directory beside"))?;
-    let wanted = format!("{MARK}{QEMU_CONF}");
+    // a process's entry in /proc belongs to its effective user
+    let wanted = configuration(fs::metadata("/proc/self").map_err(failed("find out who runs this, for"))?.uid());
     match fs::read_to_string(&file) {
         Ok(present) if present == wanted || !present.starts_with(MARK) => return Ok(()),
         Ok(_) => {}
@@ -94,6 +102,12 @@ mod tests {
         }
         let long = format!("qemu:///embed?root=/{}", "x".repeat(MAX_ROOT_LENGTH));
         assert!(root_of(&long).unwrap_err().context().contains("socket"));
+    }
+
+    #[test]
+    fn only_a_driver_of_root_is_told_to_run_qemu_as_root() {
+        assert!(configuration(0).contains("user = \"root\""));
+        assert!(!configuration(1000).contains("user ="));
     }
 
     #[test]
