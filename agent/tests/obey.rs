@@ -205,6 +205,29 @@ async fn destroyed_volumes_come_back_from_a_backup() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restore_from_a_damaged_backup_leaves_the_vm_as_it_was() {
+    let mut o = one(17).await;
+    o.scribble(1, 88);
+    o.done(Verb::Backup, &[]).await;
+    o.scribble(1, 99);
+    let mut damaged = 0;
+    for pack in std::fs::read_dir(o.place.config().backup_directory().join("packs")).unwrap().flatten() {
+        let mut bytes = std::fs::read(pack.path()).unwrap();
+        // head and index stay: the chunks between them do not
+        let (from, to) = (bytes.len() / 4, bytes.len() / 2);
+        bytes[from..to].iter_mut().for_each(|b| *b ^= 0xff);
+        std::fs::write(pack.path(), bytes).unwrap();
+        damaged += 1;
+    }
+    assert!(damaged > 0);
+    let failed = o.answer(Verb::Restore, &[]).await;
+    assert_eq!(failed.outcome, Outcome::Failed, "{failed:?}");
+    assert_eq!(o.byte(1), 99, "what was there is there");
+    o.done(Verb::PowerOn, &[]).await;
+    assert!(o.agent.store().audit().is_exact());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn snapshots_can_be_gone_back_to() {
     let mut o = one(7).await;
     o.scribble(1, 1);

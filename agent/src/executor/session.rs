@@ -56,6 +56,10 @@ impl Work {
         };
         self.fetch_boot_files(&template).await?;
         self.ensure_image(template.image, &template.spec.image_name).await?;
+        let fetched = match (&lost_data, data_from) {
+            (Some(disk), Some(Some(backup))) => Some((self.fetch_disk(disk.clone(), backup).await?, backup)),
+            _ => None,
+        };
 
         let before = self.state().await?.0;
         let was_up = before.is_active();
@@ -81,11 +85,11 @@ impl Work {
         })
         .await?;
         let mut message = String::new();
-        if let (Some(lost), Some(source)) = (lost_data, data_from) {
+        if let Some(lost) = lost_data {
             let disk = record.disks.iter().find(|d| d.volume == lost.volume).cloned().unwrap_or(lost);
-            message = match source {
-                Some(backup) => {
-                    self.restore_disk(vm, disk, backup).await?;
+            message = match fetched {
+                Some((content, backup)) => {
+                    self.put_all(&record, vec![(disk.volume, content)]).await?;
                     format!("the lost data disk was restored from backup {backup}")
                 }
                 None => {
@@ -161,11 +165,14 @@ impl Work {
                 tracing::warn!(image = %disk.short(), reason = f.message, "restoring without the image in memory");
             }
         }
+        // all contents first: a restore that fails leaves the VM as it was
+        let mut contents = Vec::new();
+        for disk in entry.record.disks.clone() {
+            contents.push((disk.volume, self.fetch_disk(disk, backup.id).await?));
+        }
         let record = self.next_generation(&entry.record, &in_it).await?;
         self.host.inventory.update(vm, |e| e.snapshots.clear());
-        for disk in record.disks.clone() {
-            self.restore_disk(vm, disk, backup.id).await?;
-        }
+        self.put_all(&record, contents).await?;
         self.define(&record).await?;
         Ok(Done { message: format!("from backup {}", backup.id), ..Done::default() })
     }
@@ -177,8 +184,8 @@ impl Work {
             .map_err(|why| Failure::refused(ErrorCode::Unavailable, format!("no backup directory: {why}")))
     }
 
-    /// Fills a disk's (already recorded) generation from a backup and offers it.
-    async fn restore_disk(&self, vm: VmId, disk: DiskRecord, backup: BackupId) -> Result<(), Failure> {
+    /// Reads a disk's content from a backup into memory, beside what the disk holds.
+    async fn fetch_disk(&self, disk: DiskRecord, backup: BackupId) -> Result<Snapshot, Failure> {
         let backups = self.backups()?;
         let order = self.order.clone();
         self.blocking(move |host| {
@@ -191,11 +198,23 @@ impl Work {
                 }
                 if now > order.deadline_us { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
-            // aside first: a restore that fails leaves what was there
             let aside = Aside::make(host, &disk)?;
             backups.restore(backup, disk.volume, &*aside.volume, &mut progress)?;
-            let snapshot = aside.volume.snapshot()?;
-            put(host, vm, &disk, &snapshot)
+            Ok(aside.volume.snapshot()?)
+        })
+        .await
+    }
+
+    /// Gives disks the contents, in the generations the record names, and offers them.
+    async fn put_all(&self, record: &VmRecord, contents: Vec<(VolumeId, Snapshot)>) -> Result<(), Failure> {
+        let record = record.clone();
+        self.blocking(move |host| {
+            for (volume, snapshot) in &contents {
+                if let Some(disk) = record.disks.iter().find(|d| d.volume == *volume) {
+                    put(host, record.vm, disk, snapshot)?;
+                }
+            }
+            Ok(())
         })
         .await
     }
@@ -204,16 +223,7 @@ impl Work {
         let roles: Vec<DiskRole> =
             record.disks.iter().filter(|d| set.iter().any(|(v, _)| *v == d.volume)).map(|d| d.role).collect();
         let record = self.next_generation(record, &roles).await?;
-        let changed = record.clone();
-        self.blocking(move |host| {
-            for (volume, snapshot) in &set {
-                if let Some(disk) = changed.disks.iter().find(|d| d.volume == *volume) {
-                    put(host, changed.vm, disk, snapshot)?;
-                }
-            }
-            Ok(())
-        })
-        .await?;
+        self.put_all(&record, set).await?;
         self.define(&record).await?;
         Ok(Done::default())
     }
