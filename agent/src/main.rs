@@ -1,7 +1,7 @@
 //! `muster-agent`: the program around the library.
 #![forbid(unsafe_code)]
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{io::Write, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
@@ -97,9 +97,18 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
         Verb::Status => runtime.block_on(ask(&config, &Request::Status {})),
         Verb::Config => {
             config.check()?;
-            println!("{}", toml_of(&config)?);
+            print(&format!("{}\n", toml_of(&config)?))?;
             Ok(ExitCode::SUCCESS)
         }
+    }
+}
+
+/// Writes to standard output. A reader that has gone away (`| head`) has all it wanted.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("write to standard output"),
     }
 }
 
@@ -140,7 +149,7 @@ async fn ask(config: &Config, request: &Request) -> anyhow::Result<ExitCode> {
         bail!("{} ({})", reply.message, reply.code.unwrap_or_default());
     }
     if let Some(status) = reply.status {
-        println!("{}", serde_json::to_string_pretty(&status)?);
+        print(&format!("{}\n", serde_json::to_string_pretty(&status)?))?;
     }
     if !reply.message.is_empty() {
         eprintln!("{}", reply.message);

@@ -608,7 +608,12 @@ fn emulate(guest: &mut Guest, request: &ExecRequest) -> Result<ExecResult> {
             (3, format!("got {line}\n").into_bytes(), b"problem\n".to_vec())
         }
         (Some("sh"), _) => (0, Vec::new(), Vec::new()),
-        _ => return Err(guest_failed(format!("run {:?} in the guest: no such program", argv.first()))),
+        _ => {
+            return Err(guest_failed(format!(
+                "run {:?} in the guest: no such program",
+                argv.first().copied().unwrap_or_default()
+            )));
+        }
     };
     Ok(ExecResult { exit: Some(exit), signal: None, stdout, stderr, truncated: false })
 }
