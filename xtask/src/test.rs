@@ -16,6 +16,11 @@ pub fn all(context: &Context, filters: &[&str]) -> Result<()> {
         check::all(context, false)?;
     }
     guest::build(context, &[Piece::Kernel, Piece::Tiny, Piece::Debian])?;
+    // some tests start the programs as an operator would; a test build alone does not leave them behind
+    context.step("build the programs", || {
+        context.cargo().args(["build", "--workspace", "--bins", "--locked"]).run()?;
+        Ok(String::new())
+    })?;
     let nextest = context.command("cargo-nextest").arg("--version").succeeds();
     println!("  tests, with cargo {}:", if nextest { "nextest" } else { "test" });
     let runner = if nextest {
