@@ -83,12 +83,11 @@ impl<'a> Fleet<'a> {
         }
         let socket = self.socket();
         if !wait_for(START_LIMIT, || socket.exists()) {
-            bail!("the controller did not come up; its log: {}", self.log("control", "muster-controller").display());
+            bail!("the controller did not come up: {}", self.last_words("control", "muster-controller"));
         }
         if !wait_for(START_LIMIT, || self.all_hosts_online()) {
-            let logs: Vec<String> =
-                HOSTS.iter().map(|host| self.log(host, "muster-agent").display().to_string()).collect();
-            bail!("not all hosts were seen within {} s; their logs: {}", START_LIMIT.as_secs(), logs.join(" "));
+            let words: Vec<String> = HOSTS.iter().map(|host| self.last_words(host, "muster-agent")).collect();
+            bail!("not all hosts were seen within {} s: {}", START_LIMIT.as_secs(), words.join("\n"));
         }
         Ok("controller up, 3 hosts found each other".to_owned())
     }
@@ -163,6 +162,13 @@ impl<'a> Fleet<'a> {
 
     pub fn log(&self, node: &str, program: &str) -> PathBuf {
         self.dir().join(node).join("log").join(format!("{program}.log"))
+    }
+
+    /// The last line of a program's log, and where the log is.
+    fn last_words(&self, node: &str, program: &str) -> String {
+        let log = self.log(node, program);
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        format!("{}\n  ({})", text.trim_end().lines().last().unwrap_or("not a word"), log.display())
     }
 
     /// The command line of this fleet.

@@ -38,8 +38,11 @@ pub const NODES: &[(&str, &str)] = &[
     ("observer", "10.77.0.99"),
 ];
 
+/// How nsenter joins all of a machine. The root of a mount namespace is not ours when we are in a chroot ourselves.
+const INSIDE: &[&str] = &["--root", "--wd=/", "--mount", "--uts", "--ipc", "--net", "--pid", "--"];
+
 /// What runs as process 1 of a machine: makes it see only its own folders, then waits and buries orphans.
-const HOLDER: &str = r#"
+const HOLDER: &str = r#"# a machine of the demo: NAME DEMO CHECKOUT TARGET
 set -e
 name=$1 demo=$2 checkout=$3 target=$4
 mount -t proc proc /proc
@@ -164,12 +167,16 @@ impl<'a> World<'a> {
 
     fn hold(&self, node: &str) -> Result<()> {
         let flags = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--propagation", "slave"];
+        let script = self.dir.join("holder.sh");
+        fs::write(&script, HOLDER).with_context(|| format!("write {}", script.display()))?;
         let child = self
             .context
             .command("setsid")
             .args(["ip", "netns", "exec", &namespace(node), "unshare"])
             .args(flags)
-            .args(["sh", "-c", HOLDER, "holder", node])
+            .arg("sh")
+            .arg(&script)
+            .arg(node)
             .arg(&self.dir)
             .arg(&self.context.root)
             .arg(&self.context.target)
@@ -199,20 +206,10 @@ impl<'a> World<'a> {
         let holder = self.holder(node).with_context(|| format!("machine {node} is not up"))?;
         self.context
             .command("nsenter")
-            .args([
-                "--target",
-                &holder.to_string(),
-                "--mount",
-                "--uts",
-                "--ipc",
-                "--net",
-                "--pid",
-                "--",
-                "sh",
-                "-c",
-                script,
-            ])
-            .dir(Path::new("/"))
+            .arg("--target")
+            .arg(holder.to_string())
+            .args(INSIDE)
+            .args(["sh", "-c", script])
             .read()
     }
 
@@ -221,23 +218,8 @@ impl<'a> World<'a> {
         let log =
             self.node_dir(node).join("log").join(format!("{}.log", program.rsplit('/').next().unwrap_or(program)));
         let holder = self.holder(node).with_context(|| format!("machine {node} is not up"))?;
-        self.context
-            .command("setsid")
-            .args([
-                "nsenter",
-                "--target",
-                &holder.to_string(),
-                "--mount",
-                "--uts",
-                "--ipc",
-                "--net",
-                "--pid",
-                "--",
-                program,
-            ])
-            .args(args)
-            .dir(Path::new("/"))
-            .start(&log)?;
+        let command = self.context.command("setsid").args(["nsenter", "--target"]).arg(holder.to_string());
+        command.args(INSIDE).arg(program).args(args).start(&log)?;
         Ok(())
     }
 
