@@ -108,3 +108,21 @@ fn a_command_of_another_vendor_is_obeyed_like_ours() {
         (paused == ["host1-desk01", "host2-desk02"]).then_some(())
     });
 }
+
+#[test]
+fn an_imported_image_reads_back_over_nbd_as_it_was() {
+    let Some(nbdcopy) = muster_tests::tool("nbdcopy", "libnbd-bin") else { return };
+    let fleet = Fleet::start(1, SLOW);
+    fleet.furnish(1);
+    let vm = fleet.json(&["vm", "show", "host1-desk01"]);
+    let system = vm["disks"].as_array().unwrap().iter().find(|d| d["role"] == "system").unwrap();
+    let name = format!("{}.{}", system["volume"].as_str().unwrap(), system["generation"]);
+    let copy = fleet.dir().join("copy.raw");
+    let uri = format!("nbd+unix:///{name}?socket={}", fleet.dir().join("h1/r/nbd.sock").display());
+    let output = std::process::Command::new(nbdcopy).arg(uri).arg(&copy).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let (source, copy) = (std::fs::read(fleet.dir().join("small.raw")).unwrap(), std::fs::read(copy).unwrap());
+    assert!(source == copy, "the volume differs from the image it was cloned from");
+    let store = fleet.json(&["store", "show", "host1"]);
+    assert_eq!(store["guest_file_reads"], 0, "{store:#}");
+}
