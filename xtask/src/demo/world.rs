@@ -103,6 +103,9 @@ impl<'a> World<'a> {
             fs::copy(executable, bin.join(name)).with_context(|| format!("copy {}", executable.display()))?;
         }
         self.create_network()?;
+        // once: the machines read it as they start
+        let script = self.dir.join("holder.sh");
+        fs::write(&script, HOLDER).with_context(|| format!("write {}", script.display()))?;
         for (node, _) in NODES {
             self.hold(node)?;
         }
@@ -168,7 +171,6 @@ impl<'a> World<'a> {
     fn hold(&self, node: &str) -> Result<()> {
         let flags = ["--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--propagation", "slave"];
         let script = self.dir.join("holder.sh");
-        fs::write(&script, HOLDER).with_context(|| format!("write {}", script.display()))?;
         let child = self
             .context
             .command("setsid")
