@@ -8,7 +8,7 @@ mod world;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::guest::{self, Piece};
 use crate::run::{Context, is_root};
@@ -55,7 +55,8 @@ pub fn up(context: &Context, build: bool) -> Result<()> {
         context.step("remove what an earlier demo left", || fleet.destroy())?;
     }
     let started = Instant::now();
-    story::tell(context, &fleet, real)?;
+    story::tell(context, &fleet, real)
+        .context("the demo stopped here; what is up stays for a look, and `cargo xtask demo down` removes it")?;
     std::fs::write(fleet.dir().join(TOLD), "")?;
     println!(
         "\nThe demo took {:.0} s, {:.0} s with preparation. The fleet stays up.",
