@@ -62,7 +62,8 @@ impl From<muster_virt::HypervisorError> for Problem {
             ErrorCode::Unsupported => StatusCode::NOT_IMPLEMENTED,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         };
-        Problem(status, code, Chain(&e).to_string())
+        let hint = if code == ErrorCode::InvalidState { " (is it running?)" } else { "" };
+        Problem(status, code, format!("{}{hint}", Chain(&e)))
     }
 }
 
