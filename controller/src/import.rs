@@ -100,20 +100,54 @@ async fn record(
                 .map_err(|error| Refusal::new(ErrorCode::Internal, format!("write the image as JSON: {error}")))
         }
         Err(refusal) => {
-            // the same content may stand under another name: then its reference is that one's too
-            let text = digest.to_string();
-            let known = core.call(move |core| Ok(core.image(&text).is_ok())).await.unwrap_or(true);
-            if !known {
-                let repository = repository.clone();
-                forget(repository, digest).await;
-            }
+            forget_unknown(repository.clone(), core, digest).await;
             Err(refusal)
         }
     }
 }
 
-/// Takes an image's reference away and removes what nothing else uses.
-pub async fn forget(repository: Repository, digest: Digest) {
+/// Reads every chunk and boot file of an image back; the repository compares each with its digest.
+pub async fn verify(image: StoredImage, repository: Repository, work: Work) {
+    let done = tokio::task::spawn_blocking(move || {
+        let result = read_back(&image, &repository, &work);
+        work.end(result);
+    });
+    // a panic dropped the work, which marked the job
+    if let Err(error) = done.await {
+        tracing::error!(err = %error, "verify panicked");
+    }
+}
+
+fn read_back(image: &StoredImage, repository: &Repository, work: &Work) -> Result<serde_json::Value, Refusal> {
+    let manifest = repository.manifest(&image.digest)?;
+    let (total, mut done) = (manifest.chunk_count(), 0);
+    for chunk in manifest.chunks() {
+        repository.read_chunk(&chunk.digest)?;
+        done += 1;
+        if done % (total / 100).max(1) == 0 {
+            work.progress("verifying", done, total);
+        }
+        if !work.is_wanted() {
+            return Err(Refusal::new(ErrorCode::Unavailable, "the controller is shutting down"));
+        }
+    }
+    for file in [image.boot.kernel, image.boot.initrd].into_iter().flatten() {
+        repository.blob(&file)?;
+    }
+    Ok(serde_json::json!({ "digest": image.digest, "chunks": total }))
+}
+
+/// Takes an image's reference away and removes what nothing else uses, unless the content stands (again, or under another
+/// name): then the reference is that one's too. Call with the permit of imports held, which record what they have stored.
+pub async fn forget_unknown(repository: Repository, core: &Handle, digest: Digest) {
+    let text = digest.to_string();
+    let known = core.call(move |core| Ok(core.image(&text).is_ok())).await.unwrap_or(true);
+    if !known {
+        forget(repository, digest).await;
+    }
+}
+
+async fn forget(repository: Repository, digest: Digest) {
     let done = tokio::task::spawn_blocking(move || {
         repository.forget_reference(&reference_of(&digest))?;
         repository.prune()

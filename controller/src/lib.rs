@@ -32,7 +32,7 @@ use std::{
     future::IntoFuture,
     io,
     net::{Ipv4Addr, SocketAddr},
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{FileTypeExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -63,7 +63,7 @@ use crate::{
 pub enum StartError {
     #[error("check the configuration")]
     Setting(#[from] SettingError),
-    #[error("another controller uses the state directory {path}")]
+    #[error("lock the state directory {path}: another controller runs with it; stop it, or set state_dir")]
     Locked { path: PathBuf },
     #[error("{attempted} {path}")]
     File {
@@ -76,15 +76,17 @@ pub enum StartError {
     Db(#[from] DbError),
     #[error("open the image repository")]
     Repository(#[from] RepositoryError),
-    #[error("listen on {address} ({what})")]
+    #[error("listen on {address}: is another controller or service there? Set {what}")]
     Listen {
         what: &'static str,
         address: String,
         #[source]
         source: io::Error,
     },
-    #[error("another program answers on the socket {path}")]
+    #[error("listen on {path}: another program answers there; stop it, or set api.socket")]
     SocketInUse { path: PathBuf },
+    #[error("listen on {path}: a file that is no socket is in the way, and stays; set api.socket")]
+    NotASocket { path: PathBuf },
     #[error("api.socket_group is {group:?}: this machine has no such group")]
     UnknownGroup { group: String },
     #[error("join cell {cell}")]
@@ -110,7 +112,7 @@ impl StartError {
         match self {
             Self::Locked { .. } | Self::SocketInUse { .. } => ErrorCode::AddressInUse,
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => ErrorCode::AddressInUse,
-            Self::Setting(_) | Self::UnknownGroup { .. } => ErrorCode::InvalidArgument,
+            Self::Setting(_) | Self::UnknownGroup { .. } | Self::NotASocket { .. } => ErrorCode::InvalidArgument,
             Self::Db(error) => error.code(),
             Self::Repository(error) => error.code(),
             Self::Bus { source, .. } => source.code(),
@@ -368,11 +370,20 @@ fn prepare_state_dir(dir: &Path) -> Result<File, StartError> {
 /// The socket: for its owner, or for a group too. One left behind by a crash is replaced, one that answers is not.
 async fn listen_unix(path: &Path, group: Option<&str>) -> Result<UnixListener, StartError> {
     let failed = |source| StartError::Listen { what: "api.socket", address: path.display().to_string(), source };
-    if path.exists() {
-        if UnixStream::connect(path).await.is_ok() {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            if let Some(parent) = path.parent() {
+                std::fs::create_dir_all(parent).map_err(failed)?;
+            }
+        }
+        Err(error) => return Err(failed(error)),
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(StartError::NotASocket { path: path.to_path_buf() });
+        }
+        Ok(_) if UnixStream::connect(path).await.is_ok() => {
             return Err(StartError::SocketInUse { path: path.to_path_buf() });
         }
-        std::fs::remove_file(path).map_err(failed)?;
+        Ok(_) => std::fs::remove_file(path).map_err(failed)?,
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     let mut mode = 0o600;

@@ -105,7 +105,13 @@ fn it_refuses_to_start_and_says_why() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port();
     let text = refused(&config, &["--set", &format!("stream.listen=127.0.0.1:{port}")]);
-    assert!(text.contains(&format!("127.0.0.1:{port} (stream.listen)")), "{text}");
+    assert!(text.contains(&format!("127.0.0.1:{port}: ")) && text.contains("Set stream.listen"), "{text}");
+    // not even by mistake
+    let letter = dir.path().join("letter");
+    std::fs::write(&letter, "dear").unwrap();
+    let text = refused(&config, &["--set", &format!("api.socket={}", letter.display())]);
+    assert!(text.contains("no socket"), "{text}");
+    assert_eq!(std::fs::read(&letter).unwrap(), b"dear");
     let Output { status, stdout, .. } = program().arg("--config").arg(&config).arg("--check").output().unwrap();
     assert!(status.success());
     assert!(String::from_utf8(stdout).unwrap().contains("cells = [99]"));

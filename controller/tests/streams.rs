@@ -99,3 +99,23 @@ async fn a_large_upload_is_taken_and_leftovers_of_a_crash_are_removed() {
     controller.shutdown().await;
     assert_eq!(open().references("").unwrap(), [format!("image.{}", image.digest)]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_imported_again_while_it_is_being_deleted_keeps_its_bytes() {
+    let fleet = Fleet::start(0).await;
+    let c = &fleet.client;
+    let bytes: Vec<u8> = (0..1u32 << 16).flat_map(|n| (n / 16).to_le_bytes()).collect();
+    let query = ImportQuery { name: "again".into(), ..Default::default() };
+    for round in 0..20 {
+        let job = c.import_image(&query, Upload::bytes(bytes.clone())).await.unwrap();
+        let job = c.follow_job(&job.id, |_| {}).await.unwrap();
+        assert_eq!(job.state, JobState::Done, "{:?}", job.problem);
+        // what the last deletion has yet to remove is this image's
+        let job = c.verify_image("again").await.unwrap();
+        let job = c.follow_job(&job.id, |_| {}).await.unwrap();
+        assert_eq!(job.state, JobState::Done, "round {round}: {:?}", job.problem);
+        assert!(job.result.unwrap()["chunks"].as_u64().unwrap() > 0);
+        c.delete_image("again").await.unwrap();
+    }
+    assert_eq!(c.verify_image("again").await.unwrap_err().code(), ErrorCode::NotFound);
+}

@@ -13,7 +13,7 @@ pub enum FleetError {
     Empty { target: String, what: &'static str },
     #[error("{what} {name:?} exists already")]
     Exists { what: &'static str, name: String },
-    #[error("{name:?} is not a name of a {what}: {rule}")]
+    #[error("{name:?} cannot be used as {what} name: {rule}")]
     InvalidName { what: &'static str, name: String, rule: &'static str },
     #[error("group {inner:?} cannot be put into {outer:?}: {outer:?} lies in it ({path})")]
     Cycle { outer: String, inner: String, path: String },

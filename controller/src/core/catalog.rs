@@ -53,7 +53,9 @@ impl Core {
         match newest {
             Some(_) if !new_revision => Err(Refusal::new(
                 ErrorCode::AlreadyExists,
-                format!("image {wanted:?} exists already; import it as a new revision, or under another name"),
+                format!(
+                    "image {wanted:?} exists already: import it under another name, or as a new revision of it (--new-revision)"
+                ),
             )),
             newest => Ok(newest.unwrap_or(0) + 1),
         }
@@ -62,7 +64,7 @@ impl Core {
     /// Records an image whose bytes are durable in the repository.
     pub(crate) fn add_image(&mut self, mut image: StoredImage, new_revision: bool) -> Result<StoredImage, Refusal> {
         if let Some(same) = self.images.get(&image.digest) {
-            let detail = format!("the same content is there already, as image {}", same.full_name());
+            let detail = format!("the same content is there already, as image {}: use that one", same.full_name());
             return Err(Refusal::new(ErrorCode::AlreadyExists, detail));
         }
         image.revision = self.free_revision(&image.name, new_revision)?;

@@ -396,7 +396,7 @@ impl Core {
     }
 
     pub(crate) fn top(&self) -> Result<api::Top, Refusal> {
-        let by_host: Vec<api::TopHost> = self
+        let mut by_host: Vec<api::TopHost> = self
             .inventory
             .hosts()
             .map(|(id, entry)| api::TopHost {
@@ -405,16 +405,19 @@ impl Core {
                 store: entry.store.as_ref().map(|s| store(id, entry.name(id), s)),
             })
             .collect();
+        by_host.sort_by(|a, b| a.host.name.cmp(&b.host.name));
         let vms = self.vms(None)?.into_iter().map(|vm| {
             let metrics = self
                 .heard_of(vm.id)
                 .and_then(|(host, entry)| Some(vm_metrics(vm.id, host, vm.name.clone(), entry.metrics.as_ref()?)));
             api::TopVm { vm, metrics }
         });
+        let mut vms: Vec<api::TopVm> = vms.collect();
+        vms.sort_by(|a, b| a.vm.name.cmp(&b.vm.name));
         // ids sort by time: newest first
         let mut commands: Vec<_> = self.engine.records().filter(|r| r.is_open()).map(summary).collect();
         commands.reverse();
-        Ok(api::Top { status: self.status(), hosts: by_host, vms: vms.collect(), commands })
+        Ok(api::Top { status: self.status(), hosts: by_host, vms, commands })
     }
 }
 

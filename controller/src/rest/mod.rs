@@ -129,6 +129,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/images/{image}", get(image::get).delete(image::delete))
         .route("/images/{image}/estimate", get(image::estimate))
         .route("/images/{image}/pull", post(image::pull))
+        .route("/images/{image}/verify", post(image::verify))
         .route("/blobs", post(image::put_blob))
         .route("/templates", get(image::list_templates).post(image::create_template))
         .route("/templates/{name}", get(image::get_template).delete(image::delete_template))

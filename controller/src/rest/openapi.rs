@@ -44,6 +44,7 @@ use super::{command, extract::Answer, fleet, image, job, log, stream, system};
         image::delete,
         image::estimate,
         image::pull,
+        image::verify,
         image::put_blob,
         image::list_templates,
         image::create_template,
@@ -75,11 +76,15 @@ pub async fn serve() -> Answer {
 
 #[cfg(test)]
 mod tests {
+    use std::fmt::Write;
+
+    use serde_json::Value;
+
     use super::*;
 
     #[test]
     fn the_document_describes_every_route_of_the_table() {
-        let document: serde_json::Value = serde_json::from_str(&document()).unwrap();
+        let document: Value = serde_json::from_str(&document()).unwrap();
         let table = include_str!("mod.rs");
         let mut routes = 0;
         for line in table.lines().map(str::trim).filter(|line| line.starts_with(".route(\"")) {
@@ -95,5 +100,30 @@ mod tests {
         }
         assert!(routes > 30, "the table was not found");
         assert!(document["components"]["schemas"]["Problem"].is_object());
+    }
+
+    /// The outline: operations with their answers, types with their fields; `!` is required.
+    #[test]
+    fn the_outline_of_the_document_is_the_known_one() {
+        let document: Value = serde_json::from_str(&document()).unwrap();
+        let names = |value: &Value| value.as_object().into_iter().flatten().map(|(k, _)| k.clone()).collect::<Vec<_>>();
+        let mut text = String::new();
+        for (path, methods) in document["paths"].as_object().unwrap() {
+            for (method, operation) in methods.as_object().unwrap() {
+                let answers = names(&operation["responses"]).join(" ");
+                writeln!(text, "{} {path}: {answers}", method.to_uppercase()).unwrap();
+            }
+        }
+        for (name, schema) in document["components"]["schemas"].as_object().unwrap() {
+            let required: Vec<&str> =
+                schema["required"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            let fields = names(&schema["properties"]).into_iter().map(|field| {
+                let mark = if required.contains(&field.as_str()) { "!" } else { "" };
+                format!("{field}{mark}")
+            });
+            let literals = schema["enum"].as_array().into_iter().flatten().map(Value::to_string);
+            writeln!(text, "{name}: {}", fields.chain(literals).collect::<Vec<_>>().join(" ")).unwrap();
+        }
+        insta::assert_snapshot!(text);
     }
 }

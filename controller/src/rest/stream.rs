@@ -50,12 +50,19 @@ fn unreachable_agent(endpoint: &str, error: &reqwest::Error) -> Refusal {
     Refusal::new(ErrorCode::Unavailable, format!("reach the host's stream endpoint {endpoint}: {}", Chain(error)))
 }
 
-/// The agent's own words, when it sent a problem; its status otherwise.
+/// What an agent's stream endpoint sends with an error.
+#[derive(serde::Deserialize)]
+struct AgentsWords {
+    code: String,
+    message: String,
+}
+
+/// The agent's own words, when it sent some; its status otherwise.
 fn agents_refusal(status: StatusCode, body: &Bytes) -> Refusal {
-    match serde_json::from_slice::<Problem>(body) {
-        Ok(problem) => {
-            let code = ErrorCode::from_text(&problem.code).unwrap_or(ErrorCode::Unavailable);
-            Refusal::new(code, problem.detail)
+    match serde_json::from_slice::<AgentsWords>(body) {
+        Ok(words) => {
+            let code = ErrorCode::from_text(&words.code).unwrap_or(ErrorCode::Unavailable);
+            Refusal::new(code, words.message)
         }
         Err(_) => {
             let text: String = String::from_utf8_lossy(body).chars().take(200).collect();
