@@ -298,6 +298,9 @@ pub enum ImageVerb {
         name: Option<String>,
         #[arg(long, value_enum, default_value_t = ImageFormat::Auto)]
         format: ImageFormat,
+        /// The name may exist already: this becomes its next revision
+        #[arg(long)]
+        new_revision: bool,
         /// Kernel for direct boot
         #[arg(long, value_name = "FILE", requires = "cmdline")]
         kernel: Option<PathBuf>,
@@ -400,7 +403,7 @@ pub enum AgentVerb {
     /// Stop the agent of this machine; refuses while volumes are attached
     Stop {
         /// The agent's control socket
-        #[arg(long, default_value = "/run/muster/agent.sock", value_name = "SOCKET")]
+        #[arg(long, default_value = "/run/muster/a/ctl.sock", value_name = "SOCKET")]
         socket: PathBuf,
         /// Pause the VMs first; their volumes are lost
         #[arg(long)]
@@ -408,7 +411,7 @@ pub enum AgentVerb {
     },
     /// Show what the agent of this machine says of itself
     Status {
-        #[arg(long, default_value = "/run/muster/agent.sock", value_name = "SOCKET")]
+        #[arg(long, default_value = "/run/muster/a/ctl.sock", value_name = "SOCKET")]
         socket: PathBuf,
     },
 }
@@ -430,4 +433,31 @@ pub struct EventsArgs {
     pub follow: bool,
     #[arg(long, default_value_t = 50)]
     pub limit: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn help(of: &[&str]) -> String {
+        // as wide on every terminal, and whatever is set around the test
+        let mut command = Cli::command().term_width(110).mut_args(|arg| arg.hide_env_values(true));
+        command.build();
+        let command = of.iter().try_fold(&mut command, |c, name| c.find_subcommand_mut(name)).expect("it is a word");
+        command.render_help().to_string()
+    }
+
+    #[test]
+    fn the_help_is_the_known_one() {
+        insta::assert_snapshot!("help", help(&[]));
+        insta::assert_snapshot!("help_vm", help(&["vm"]));
+        insta::assert_snapshot!("help_vm_create", help(&["vm", "create"]));
+    }
+
+    #[test]
+    fn the_definitions_are_sound() {
+        Cli::command().debug_assert();
+    }
 }

@@ -62,6 +62,11 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
+/// As [`printable`], but for lines and tabs.
+pub fn printable_lines(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && !matches!(c, '\n' | '\t') { ' ' } else { c }).collect()
+}
+
 /// Prints a value as JSON, or what `table` makes of it.
 pub fn print<T: Serialize>(output: Output, value: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
     match output {
@@ -72,6 +77,11 @@ pub fn print<T: Serialize>(output: Output, value: &T, table: impl FnOnce(&T) -> 
         }
         Output::Table => write_out(&table(value)),
     }
+}
+
+/// For what leaves nothing to show: nothing for people, `{"deleted": …}` for programs.
+pub fn print_deleted(output: Output, what: &str) -> anyhow::Result<()> {
+    print(output, &serde_json::json!({ "deleted": what }), |_| String::new())
 }
 
 /// Writes to standard output. A reader that has gone away (`| head`) is no error: the program ends with status 0.
@@ -114,6 +124,7 @@ mod tests {
     #[test]
     fn a_guest_cannot_send_escape_sequences_to_the_terminal() {
         assert_eq!(printable("a\x1b[31mb\n"), "a [31mb ");
+        assert_eq!(printable_lines("a\x1b[31m\tb\r\n"), "a [31m\tb \n");
     }
 
     #[test]

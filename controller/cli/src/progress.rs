@@ -72,13 +72,23 @@ pub async fn follow_command(client: &Client, id: &str) -> Result<Command, Client
     let mut drawn = 0;
     let mut retries = 0;
     'stream: loop {
-        let mut events = client.command_events(id).await?;
+        let mut events = match client.command_events(id).await {
+            Ok(events) => events,
+            // a controller that is started again is back in a moment; one that was never there is not waited for
+            Err(ClientError::Connect { .. } | ClientError::StreamEnded) if (1..RETRIES).contains(&retries) => {
+                retries += 1;
+                tokio::time::sleep(RETRY_PAUSE).await;
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         loop {
             let event = match events.next().await {
                 Ok(Some(event)) => event,
                 // the controller went away, or its stream broke: ask again, the command goes on without us
                 Ok(None) | Err(_) if retries < RETRIES => {
                     retries += 1;
+                    tokio::time::sleep(RETRY_PAUSE).await;
                     if client.command(id).await.is_ok_and(|c| c.summary.state == muster_api::CommandState::Ended) {
                         break 'stream;
                     }
@@ -118,8 +128,9 @@ pub async fn follow_command(client: &Client, id: &str) -> Result<Command, Client
     client.command(id).await
 }
 
-/// A stream that breaks this often is not a passing fault.
-const RETRIES: u32 = 5;
+/// A stream that breaks this often is not a passing fault: with the pauses, a controller has 15 s to come back.
+const RETRIES: u32 = 15;
+const RETRY_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 
 fn key(member: &Member) -> String {
     format!("{}\0{}\0{}", member.host_name, member.name, member.vm.map(|v| v.to_string()).unwrap_or_default())
@@ -163,6 +174,9 @@ fn erase(lines: usize) {
     }
 }
 
+/// CIM EnabledState: a host's verdict, a VM that is gone.
+const NOT_APPLICABLE: u16 = 5;
+
 /// One row a member.
 pub fn verdict_table<'a>(members: impl Iterator<Item = &'a Member>) -> String {
     let mut table = Table::new(&["MEMBER", "HOST", "VERDICT", "STATE", "GUEST", ">TOOK", "REMARK"]);
@@ -172,10 +186,9 @@ pub fn verdict_table<'a>(members: impl Iterator<Item = &'a Member>) -> String {
                 member.name.clone(),
                 member.host_name.clone(),
                 if v.late { format!("{} (late)", v.outcome) } else { v.outcome.to_string() },
-                if v.enabled_state == 0 {
-                    "-".into()
-                } else {
-                    muster_api::VmState::from_enabled_state(v.enabled_state).to_string()
+                match v.enabled_state {
+                    0 | NOT_APPLICABLE => "-".into(),
+                    state => muster_api::VmState::from_enabled_state(state).to_string(),
                 },
                 if v.guest_up { "up".into() } else { "-".into() },
                 if v.ended_at_us > v.received_at_us { duration(v.ended_at_us - v.received_at_us) } else { "-".into() },

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::Context;
 use muster_api::{Command, CommandQuery, CommandState, CreateCommand, TargetKind, Verb};
+use muster_common::ErrorCode;
 use serde_json::Value;
 
 use super::Session;
@@ -67,9 +67,15 @@ pub async fn finish(session: &Session, command: &Command, deadline: &Deadline) -
 
 /// Follows a command to its end; says how to come back to it when that breaks.
 pub async fn follow(session: &Session, id: &str) -> anyhow::Result<Command> {
-    progress::follow_command(&session.client, id)
-        .await
-        .with_context(|| format!("follow command {id} (it goes on; `muster command watch {id}` follows it again)"))
+    progress::follow_command(&session.client, id).await.map_err(|error| {
+        let there = !matches!(error.code(), ErrorCode::NotFound | ErrorCode::InvalidArgument);
+        let error = anyhow::Error::from(error);
+        if there {
+            error.context(format!("follow command {id} (it goes on; `muster command watch {id}` follows it again)"))
+        } else {
+            error
+        }
+    })
 }
 
 pub fn ended(command: &Command) -> Ended {
@@ -80,12 +86,15 @@ pub fn ended(command: &Command) -> Ended {
 /// The table of verdicts and a line that sums up.
 pub fn verdicts(command: &Command) -> String {
     let summary = &command.summary;
-    let mut text = progress::verdict_table(command.members.iter());
+    let mut members: Vec<_> = command.members.iter().collect();
+    members.sort_by(|a, b| (&a.name, &a.host_name).cmp(&(&b.name, &b.host_name)));
+    let mut text = progress::verdict_table(members.into_iter());
     let outcomes: Vec<String> = summary.outcomes.iter().map(|(outcome, n)| format!("{n} {outcome}")).collect();
+    // VMs to be created were no target yet
+    let target = if summary.target.is_empty() { String::new() } else { format!(" {}", summary.target) };
     text += &format!(
-        "{} {}: {}",
+        "{}{target}: {}",
         summary.verb,
-        summary.target,
         if outcomes.is_empty() { "no verdict yet".to_string() } else { outcomes.join(", ") }
     );
     if summary.last_verdict_after_us > 0 {

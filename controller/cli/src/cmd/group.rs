@@ -6,7 +6,7 @@ use super::Session;
 use crate::{
     Ended,
     args::{GroupVerb, MembersArgs},
-    output::{Table, print},
+    output::{Table, print, print_deleted},
 };
 
 pub async fn run(session: &Session, verb: GroupVerb) -> anyhow::Result<Ended> {
@@ -34,7 +34,10 @@ pub async fn run(session: &Session, verb: GroupVerb) -> anyhow::Result<Ended> {
             let create = CreateGroup { path, members: GroupMembers::default() };
             print(session.output, &client.create_group(&create).await?, show)?;
         }
-        GroupVerb::Delete { path } => client.delete_group(&path, None).await?,
+        GroupVerb::Delete { path } => {
+            client.delete_group(&path, None).await?;
+            print_deleted(session.output, &path)?;
+        }
         GroupVerb::Add(args) => change(session, args, true).await?,
         GroupVerb::Remove(args) => change(session, args, false).await?,
     }

@@ -19,7 +19,7 @@ use super::{Session, command};
 use crate::{
     Ended,
     args::{ImageFormat, ImageVerb, TemplateVerb},
-    output::{Table, print},
+    output::{Table, print, print_deleted},
     progress::{StatusLine, bar, job_line},
 };
 
@@ -30,7 +30,7 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
             print(session.output, &client.all_images().await?, |images| list(images))?;
         }
         ImageVerb::Show { image } => print(session.output, &client.image(&image).await?, show)?,
-        ImageVerb::Import { file, name, format, kernel, initrd, cmdline } => {
+        ImageVerb::Import { file, name, format, new_revision, kernel, initrd, cmdline } => {
             let name = match name {
                 Some(name) => name,
                 None => file
@@ -40,10 +40,12 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
                     .with_context(|| format!("make a name of {} (say --name)", file.display()))?,
             };
             let started = super::now_us();
-            let job =
-                import(session, &file, &name, format.into(), kernel.as_deref(), initrd.as_deref(), cmdline).await?;
+            let asked = ImportQuery { name, format: format.into(), cmdline, new_revision, ..ImportQuery::default() };
+            let image: Image = import(session, &file, asked, kernel.as_deref(), initrd.as_deref())
+                .await
+                .and_then(finish)
+                .with_context(|| format!("import {}", file.display()))?;
             let took = super::now_us().saturating_sub(started);
-            let image: Image = finish(job)?;
             print(session.output, &image, |i| {
                 format!(
                     "{}@{}: {} logical, {} in 4 KiB blocks that are unique, {} new in the repository, imported in {}\n",
@@ -58,7 +60,9 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
         }
         ImageVerb::Estimate { file, format } => {
             let path = absolute(&file)?;
-            let estimate = client.estimate_file(&EstimateRequest { path, format: format.into() }).await?;
+            let request = EstimateRequest { path, format: format.into() };
+            let estimate =
+                client.estimate_file(&request).await.with_context(|| format!("estimate {}", file.display()))?;
             print(session.output, &estimate, |e: &Estimate| {
                 let mut text = format!(
                     "{} logical, {} resident in an empty store\n",
@@ -88,7 +92,10 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
             let verified: serde_json::Value = finish(job)?;
             print(session.output, &verified, |_| format!("{image}: every chunk is what its digest says\n"))?;
         }
-        ImageVerb::Delete { image } => client.delete_image(&image).await?,
+        ImageVerb::Delete { image } => {
+            client.delete_image(&image).await?;
+            print_deleted(session.output, &image)?;
+        }
     }
     Ok(Ended::AllDone)
 }
@@ -97,11 +104,9 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
 async fn import(
     session: &Session,
     file: &Path,
-    name: &str,
-    format: Format,
+    mut query: ImportQuery,
     kernel: Option<&Path>,
     initrd: Option<&Path>,
-    cmdline: Option<String>,
 ) -> anyhow::Result<Job> {
     let client = &session.client;
     for path in [Some(file), kernel, initrd].into_iter().flatten() {
@@ -112,13 +117,13 @@ async fn import(
     }
     if matches!(client.endpoint(), Endpoint::Unix(_)) {
         let by_path = ImportByPath {
-            name: name.to_string(),
+            name: query.name.clone(),
             path: absolute(file)?,
-            format,
+            format: query.format,
             kernel: kernel.map(absolute).transpose()?,
             initrd: initrd.map(absolute).transpose()?,
-            cmdline: cmdline.clone(),
-            new_revision: false,
+            cmdline: query.cmdline.clone(),
+            new_revision: query.new_revision,
         };
         match client.import_image_by_path(&by_path).await {
             Ok(job) => {
@@ -132,7 +137,6 @@ async fn import(
             Err(e) => return Err(e.into()),
         }
     }
-    let mut query = ImportQuery { name: name.to_string(), format, cmdline, ..ImportQuery::default() };
     if let Some(kernel) = kernel {
         query.kernel = Some(client.put_blob(Upload::file(kernel).await?).await?.digest);
     }
@@ -248,7 +252,10 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
             let template = client.create_template(&create).await?;
             print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
         }
-        TemplateVerb::Delete { template } => client.delete_template(&template, None).await?,
+        TemplateVerb::Delete { template } => {
+            client.delete_template(&template, None).await?;
+            print_deleted(session.output, &template)?;
+        }
     }
     Ok(Ended::AllDone)
 }

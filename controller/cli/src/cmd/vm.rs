@@ -1,17 +1,20 @@
 //! Virtual machines.
 
-use std::{collections::BTreeMap, io::Read};
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal, Read},
+};
 
 use anyhow::Context;
-use muster_api::{Command, CreateVms, TargetKind, Verb, Vm, VmStanding};
+use muster_api::{Command, CreateVms, Member, TargetKind, Verb, Vm, VmStanding};
 use muster_common::ByteLen;
 use serde_json::{Value, json};
 
 use super::{Session, ago, command, confirm, now_us, stream};
 use crate::{
     Ended,
-    args::{CreateArgs, DeleteArgs, ShutdownPolicy, Target, VmVerb},
-    output::{Table, print},
+    args::{CreateArgs, DeleteArgs, Output, ShutdownPolicy, Target, VmVerb},
+    output::{Table, print, printable_lines, write_out},
 };
 
 pub async fn run(session: &Session, verb: VmVerb) -> anyhow::Result<Ended> {
@@ -107,20 +110,45 @@ async fn exec(session: &Session, target: Target, argv: Vec<String>) -> anyhow::R
         return command::finish(session, &order, &target.deadline).await;
     }
     let order = command::follow(session, &order.summary.id.to_string()).await?;
-    print(session.output, &order, outputs)?;
+    match (session.output, order.members.as_slice()) {
+        (Output::Table, [only]) => output_of(only)?,
+        _ => print(session.output, &order, outputs)?,
+    }
     let failed = order.members.iter().any(|m| m.verdict.as_ref().is_some_and(|v| v.result["exit_status"] != 0));
     Ok(if failed { Ended::SomeFailed } else { command::ended(&order) })
 }
 
-/// What each guest printed. One guest: as it is; several: each line behind the guest's name.
+/// What one guest printed, as it is: its output to ours, its errors to ours. Only a terminal gets no control characters.
+fn output_of(member: &Member) -> anyhow::Result<()> {
+    let Some(verdict) = &member.verdict else {
+        return Ok(());
+    };
+    if !verdict.outcome.is_success() {
+        eprintln!("muster: {}: {}: {} [{}]", member.name, verdict.outcome, verdict.message, verdict.code);
+        return Ok(());
+    }
+    let text = |part: &str| verdict.result[part].as_str().unwrap_or("").to_string();
+    let shown = |text: String, terminal: bool| if terminal { printable_lines(&text) } else { text };
+    write_out(&shown(text("stdout"), std::io::stdout().is_terminal()))?;
+    eprint!("{}", shown(text("stderr"), std::io::stderr().is_terminal()));
+    if verdict.result["truncated"] == true {
+        eprintln!("muster: {}: the output was longer, its rest was not kept", member.name);
+    }
+    match verdict.result["exit_status"].as_i64() {
+        Some(0) | None => {}
+        Some(status) => eprintln!("muster: {}: exit status {status}", member.name),
+    }
+    Ok(())
+}
+
+/// What several guests printed, each line behind the guest's name.
 fn outputs(order: &Command) -> String {
     let mut text = String::new();
-    let several = order.members.len() > 1;
     for member in &order.members {
         let Some(verdict) = &member.verdict else {
             continue;
         };
-        let lead = if several { format!("{}: ", member.name) } else { String::new() };
+        let lead = format!("{}: ", member.name);
         if !verdict.outcome.is_success() {
             text += &format!("{}: {}: {} [{}]\n", member.name, verdict.outcome, verdict.message, verdict.code);
             continue;
