@@ -293,6 +293,10 @@ impl Dispatcher {
             }));
             return;
         }
+        if plan::is_overlong(&command, &mine) {
+            out.push(Action::Warn(format!("command {id} with names too long to be ids")));
+            return;
+        }
         let entry = CommandEntry {
             id,
             controller: command.controller.clone(),

@@ -21,6 +21,17 @@ pub(super) fn members_of(command: &GroupCommand, host: HostId) -> Vec<Member> {
         .collect()
 }
 
+/// Texts that are ids are kept for a week: what is longer than any id comes from nobody who means well.
+pub(super) fn is_overlong(command: &GroupCommand, mine: &[Member]) -> bool {
+    const ID_LIMIT: usize = 256;
+    const MEMBERS: usize = 2048;
+    let subject = argument(command, muster_idl::arguments::name::DIGEST).unwrap_or_default();
+    mine.len() > MEMBERS
+        || command.controller.len() > ID_LIMIT
+        || subject.len() > ID_LIMIT
+        || mine.iter().any(|m| m.vm.len() > ID_LIMIT)
+}
+
 pub(super) fn argument<'a>(command: &'a GroupCommand, name: &str) -> Option<&'a str> {
     command.arguments.iter().find(|a| a.name == name).map(|a| a.value.as_str())
 }

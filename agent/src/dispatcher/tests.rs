@@ -2,7 +2,10 @@ use std::collections::BTreeMap;
 
 use muster_cim::EnabledState;
 use muster_common::{CommandId, ErrorCode, HostId, Incarnation, VmId};
-use muster_idl::v1::{GroupCommand, Member, Outcome, TargetKind, Verb, Verdict};
+use muster_idl::{
+    arguments::name,
+    v1::{Argument, GroupCommand, Member, Outcome, TargetKind, Verb, Verdict},
+};
 use proptest::prelude::*;
 
 use super::{Action, Dispatcher, Ending, Event, OVERRUN_US, Order, judge::Facts};
@@ -129,6 +132,21 @@ fn stale_incarnations_old_epochs_and_malformed_members_are_refused() {
     odd.controller_epoch = 5;
     odd.members = vec![member("not a uuid")];
     assert_eq!(said(&receive(&mut d, S, &odd))[0].code, "invalid-argument");
+}
+
+#[test]
+fn texts_too_long_to_be_ids_are_not_kept() {
+    let mut d = dispatcher(1);
+    let long = "x".repeat(2 << 20);
+    let mut of_member = command(1, Verb::PowerOn, &[vm(1)]);
+    of_member.members[0].vm = long.clone();
+    let of_controller = GroupCommand { controller: long.clone(), ..command(2, Verb::PowerOn, &[vm(1)]) };
+    let mut of_image = command(3, Verb::ImagePull, &[vm(1)]);
+    of_image.arguments.push(Argument { name: name::DIGEST.into(), value: long });
+    for c in [of_member, of_controller, of_image] {
+        assert!(matches!(&receive(&mut d, 10, &c)[..], [Action::Warn(_)]));
+    }
+    assert!(d.entries().is_empty());
 }
 
 #[test]

@@ -67,16 +67,20 @@ fn checksum(head: &[u8], body: &[u8]) -> [u8; 8] {
     out
 }
 
-/// Appends one record to `out`.
-pub fn encode(entry: &Entry, out: &mut Vec<u8>) {
+/// Appends one record to `out`; false, and nothing, when it is longer than a reader accepts: it would end the replay.
+#[must_use]
+pub fn encode(entry: &Entry, out: &mut Vec<u8>) -> bool {
     let body = serde_json::to_vec(entry).expect("an entry has only texts, numbers and lists");
-    debug_assert!(body.len() <= MAX_BODY, "bodies are cut before they come here");
+    if body.len() > MAX_BODY {
+        return false;
+    }
     let mut head = [0; 8];
     head[..4].copy_from_slice(&(body.len() as u32).to_le_bytes());
     head[4..].copy_from_slice(&KIND_ENTRY.to_le_bytes());
     out.extend_from_slice(&head);
     out.extend_from_slice(&checksum(&head, &body));
     out.extend_from_slice(&body);
+    true
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -160,10 +164,10 @@ pub(crate) mod tests {
     #[test]
     fn the_bytes_are_pinned() {
         let mut bytes = header().to_vec();
-        encode(&Entry::Command(command(1)), &mut bytes);
-        encode(&Entry::Begun { id: command(1).id, vm: "v".into(), at_us: 11 }, &mut bytes);
-        encode(&Entry::Verdict(Box::new(verdict(1))), &mut bytes);
-        encode(&Entry::Epoch { controller: "c".into(), epoch: 7 }, &mut bytes);
+        let _ = encode(&Entry::Command(command(1)), &mut bytes);
+        let _ = encode(&Entry::Begun { id: command(1).id, vm: "v".into(), at_us: 11 }, &mut bytes);
+        let _ = encode(&Entry::Verdict(Box::new(verdict(1))), &mut bytes);
+        let _ = encode(&Entry::Epoch { controller: "c".into(), epoch: 7 }, &mut bytes);
         let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/ledger-v1.bin");
         if std::env::var_os("MUSTER_WRITE_GOLDEN").is_some() {
             std::fs::write(golden, &bytes).unwrap();
@@ -189,7 +193,7 @@ pub(crate) mod tests {
         ) {
             let mut bytes = header().to_vec();
             for n in 0..count {
-                encode(&Entry::Command(command(n)), &mut bytes);
+                let _ = encode(&Entry::Command(command(n)), &mut bytes);
             }
             let at = HEADER_LEN + at.index(bytes.len() - HEADER_LEN);
             bytes[at] ^= xor;

@@ -17,6 +17,7 @@ pub mod format;
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -69,6 +70,8 @@ pub enum LedgerError {
     },
     #[error("open command ledger {path}: {reason}", path = path.display())]
     Format { path: PathBuf, reason: String },
+    #[error("append to command ledger {path}: a record of more than {} bytes", format::MAX_BODY, path = path.display())]
+    TooLong { path: PathBuf },
     #[error("append to command ledger {path}: an earlier write failed, nothing more is accepted until the agent restarts", path = path.display())]
     Broken { path: PathBuf },
 }
@@ -78,6 +81,7 @@ impl LedgerError {
         match self {
             Self::Io { .. } | Self::Broken { .. } => ErrorCode::Io,
             Self::Format { .. } => ErrorCode::Corrupt,
+            Self::TooLong { .. } => ErrorCode::InvalidArgument,
         }
     }
 }
@@ -88,6 +92,8 @@ pub struct Ledger {
     path: PathBuf,
     file: File,
     len: u64,
+    /// How long it was when it was last rewritten.
+    kept: u64,
     /// After a failed write or sync the page cache may lie about what is durable: never retried on this file.
     broken: bool,
 }
@@ -126,7 +132,8 @@ impl Ledger {
         } else {
             let mut file = OpenOptions::new().write(true).open(path).map_err(io("open"))?;
             file.seek(SeekFrom::End(0)).map_err(io("open"))?;
-            Self { path: path.into(), file, len: bytes.len() as u64, broken: false }
+            let len = bytes.len() as u64;
+            Self { path: path.into(), file, len, kept: len, broken: false }
         };
         Ok((ledger, kept))
     }
@@ -136,12 +143,14 @@ impl Ledger {
         let io = |source| LedgerError::Io { action: "rewrite", path: path.into(), source };
         let mut bytes = format::header().to_vec();
         for entry in entries {
-            format::encode(entry, &mut bytes);
+            // what was read or appended was not too long
+            let _ = format::encode(entry, &mut bytes);
         }
         crate::identity::write_durably(path, &bytes).map_err(io)?;
         let mut file = OpenOptions::new().write(true).open(path).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
-        Ok(Self { path: path.into(), file, len: bytes.len() as u64, broken: false })
+        let len = bytes.len() as u64;
+        Ok(Self { path: path.into(), file, len, kept: len, broken: false })
     }
 
     /// Appends all entries and makes them durable with one `fdatasync`.
@@ -154,7 +163,9 @@ impl Ledger {
         }
         let mut bytes = Vec::new();
         for entry in entries {
-            format::encode(entry, &mut bytes);
+            if !format::encode(entry, &mut bytes) {
+                return Err(LedgerError::TooLong { path: self.path.clone() });
+            }
         }
         let result = self.file.write_all(&bytes).and_then(|()| self.file.sync_data());
         if let Err(source) = result {
@@ -165,15 +176,30 @@ impl Ledger {
         Ok(())
     }
 
-    /// True when [`Ledger::compact`] is worth its write.
+    /// True when [`Ledger::compact`] is worth its write: what has not expired yet would only be written again.
     pub fn wants_compaction(&self) -> bool {
-        self.len > COMPACT_BYTES
+        self.len > COMPACT_BYTES && self.len / 2 > self.kept
     }
 
     /// Replaces the contents by what is known and not expired.
     pub fn compact(&mut self, entries: Vec<Entry>, now_us: u64) -> Result<(), LedgerError> {
-        *self = Self::rewrite(&self.path, &unexpired(entries, now_us))?;
+        match Self::rewrite(&self.path, &unexpired(entries, now_us)) {
+            Ok(new) => *self = new,
+            Err(e) => {
+                // the new file may be in place already: what is appended to the old one would be lost with it
+                self.broken |= !self.is_in_place();
+                return Err(e);
+            }
+        }
         Ok(())
+    }
+
+    /// Whether the open file is the one of that name.
+    fn is_in_place(&self) -> bool {
+        match (self.file.metadata(), fs::metadata(&self.path)) {
+            (Ok(open), Ok(named)) => (open.dev(), open.ino()) == (named.dev(), named.ino()),
+            _ => false,
+        }
     }
 }
 
@@ -272,6 +298,56 @@ mod tests {
         let path = dir.path().join("ledger");
         fs::write(&path, &format::header()[..7]).unwrap();
         assert!(Ledger::open(&path, 0).unwrap().1.is_empty());
+    }
+
+    #[test]
+    fn a_ledger_is_not_rewritten_again_and_again_for_what_cannot_expire_yet() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, _) = Ledger::open(&path, 0).unwrap();
+        let long = Verdict { result: "x".repeat(900 << 10), ..verdict(1) };
+        let entries: Vec<Entry> = std::iter::once(Entry::Command(command(1)))
+            .chain((0..10).map(|_| Entry::Verdict(Box::new(long.clone()))))
+            .collect();
+        ledger.append(&entries).unwrap();
+        assert!(ledger.wants_compaction());
+        ledger.compact(entries.clone(), 0).unwrap();
+        assert!(!ledger.wants_compaction(), "nothing had expired");
+        ledger.append(&entries[1..]).unwrap();
+        ledger.append(&entries[..2]).unwrap();
+        assert!(ledger.wants_compaction());
+        ledger.compact(entries[..2].to_vec(), 0).unwrap();
+        assert_eq!(Ledger::open(&path, 0).unwrap().1.len(), 2);
+    }
+
+    #[test]
+    fn a_record_no_reader_would_accept_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, _) = Ledger::open(&path, 0).unwrap();
+        let long = Verdict { result: "x".repeat(1 << 20), ..verdict(1) };
+        let entries = [Entry::Command(command(1)), Entry::Verdict(Box::new(long))];
+        assert!(matches!(ledger.append(&entries), Err(LedgerError::TooLong { .. })));
+        ledger.append(&[Entry::Command(command(2))]).unwrap();
+        assert_eq!(Ledger::open(&path, 0).unwrap().1, [Entry::Command(command(2))]);
+    }
+
+    #[test]
+    fn a_compaction_that_fails_leaves_the_ledger_in_use_only_when_it_is_still_the_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, _) = Ledger::open(&path, 0).unwrap();
+        ledger.append(&[Entry::Command(command(1))]).unwrap();
+        // nothing can be written beside it
+        fs::create_dir(dir.path().join("ledger.new")).unwrap();
+        assert!(ledger.compact(Vec::new(), 0).is_err());
+        ledger.append(&[Entry::Command(command(2))]).unwrap();
+        assert_eq!(Ledger::open(&path, 0).unwrap().1.len(), 2);
+        // replaced behind its back, as by a rewrite that failed after its rename
+        fs::rename(&path, dir.path().join("old")).unwrap();
+        fs::write(&path, format::header()).unwrap();
+        assert!(ledger.compact(Vec::new(), 0).is_err());
+        assert!(matches!(ledger.append(&[Entry::Command(command(3))]), Err(LedgerError::Broken { .. })));
     }
 
     #[test]
