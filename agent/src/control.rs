@@ -71,10 +71,8 @@ pub async fn serve(host: Arc<Host>, listener: UnixListener, stopping: watch::Sen
             },
         };
         // one at a time: its users are operators
-        match tokio::time::timeout(PATIENCE, answer(&host, stream, &stopping)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => tracing::debug!(err = %e, "a control request ended early"),
-            Err(_) => tracing::debug!("a control request took too long"),
+        if let Err(e) = answer(&host, stream, &stopping).await {
+            tracing::debug!(err = %e, "a control request ended early");
         }
     }
 }
@@ -82,12 +80,13 @@ pub async fn serve(host: Arc<Host>, listener: UnixListener, stopping: watch::Sen
 async fn answer(host: &Arc<Host>, stream: UnixStream, stopping: &watch::Sender<bool>) -> io::Result<()> {
     let mut reader = BufReader::new(stream.take(LIMIT));
     let mut line = String::new();
-    reader.read_line(&mut line).await?;
+    patiently(reader.read_line(&mut line)).await?;
     let mut stream = reader.into_inner().into_inner();
     let mut granted = false;
     let reply = match serde_json::from_str::<Request>(&line) {
         Err(e) => refusal(ErrorCode::InvalidArgument, format!("not a request: {e}")),
         Ok(Request::Status {}) => Reply { ok: true, code: None, message: String::new(), status: Some(status(host)) },
+        // takes as long as pausing the VMs does: one left off half-way would leave them paused and the agent running
         Ok(Request::Stop { force }) => {
             match prepare_stop(host, if force { Stop::Force } else { Stop::Orderly }).await {
                 Ok(remark) => {
@@ -100,12 +99,17 @@ async fn answer(host: &Arc<Host>, stream: UnixStream, stopping: &watch::Sender<b
     };
     let mut text = serde_json::to_string(&reply).map_err(io::Error::other)?;
     text.push('\n');
-    let sent = stream.write_all(text.as_bytes()).await;
+    let sent = patiently(stream.write_all(text.as_bytes())).await;
     if granted {
         // the agent may be going already: then nobody listens
         let _ = stopping.send(true);
     }
     sent
+}
+
+/// Whoever asks has so long to send, and to take the answer.
+async fn patiently<T>(io: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    tokio::time::timeout(PATIENCE, io).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 fn refusal(code: ErrorCode, message: String) -> Reply {

@@ -525,3 +525,23 @@ async fn the_store_says_what_it_holds_and_that_no_file_was_read() {
     assert_eq!((state.images[0].name.as_str(), state.images[0].volumes), ("debian", 1));
     assert!(state.dedup_ratio > 1.9, "image and clone share: {}", state.dedup_ratio);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_forced_stop_is_answered_however_long_pausing_takes() {
+    let mut o = one(18).await;
+    o.done(Verb::PowerOn, &[]).await;
+    let (id, socket) = (o.vm_id(), o.place.config().control_socket());
+    o.place.hypervisor.inject(id, Fault::CallsHang).unwrap();
+    let ask = tokio::spawn(async move {
+        let stop = muster_agent::control::Request::Stop { force: true };
+        muster_agent::control::request(&socket, &stop).await
+    });
+    // longer than the patience with a client that does not send
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert!(!ask.is_finished(), "cut off half-way: {:?}", ask.await);
+    o.place.hypervisor.clear(id, Fault::CallsHang).unwrap();
+    assert!(ask.await.unwrap().unwrap().ok);
+    o.agent.stop_requested().await;
+    o.agent.stop(Stop::Force).await.unwrap();
+    assert_eq!(o.place.hypervisor.status(id).unwrap().state, DomainState::Paused);
+}
