@@ -258,7 +258,7 @@ pub enum GroupVerb {
     Show { path: String },
     /// Create a group; missing parents are created too
     Create { path: String },
-    /// Delete a group, not its members
+    /// Delete a group and the groups below its path, not the members
     Delete { path: String },
     /// Add members
     Add(MembersArgs),
