@@ -132,7 +132,11 @@ fn accelerator(config: &Config, info: &HypervisorInfo) -> (Accel, &'static str, 
             let probe = muster_virt::probe_kvm(muster_virt::probe::LIMIT, Some(&config.run_dir.join("kvm-probe.json")));
             match probe.accel() {
                 Accel::Kvm => (Accel::Kvm, "kvm", String::new()),
-                Accel::Tcg => (Accel::Tcg, "tcg", format!("no KVM, guests run under TCG, slower: {}", probe.reason)),
+                Accel::Tcg => {
+                    // the reason is a line of QEMU's: for the log, not for every table of hosts
+                    tracing::warn!(reason = %probe.reason, "no usable KVM, guests run under TCG");
+                    (Accel::Tcg, "tcg", "no usable KVM: guests run under TCG, slower (reason in the agent's log)".into())
+                }
             }
         }
     }

@@ -93,7 +93,7 @@ fn examine(core: &Core) -> Doctor {
         } else if host.accelerator == "tcg" {
             checks.push(warning(
                 &name,
-                format!("no KVM: {}", host.hypervisor_remark),
+                host.hypervisor_remark.clone(),
                 "guests run, slowly; enable virtualisation",
             ));
         } else {
