@@ -135,7 +135,11 @@ fn accelerator(config: &Config, info: &HypervisorInfo) -> (Accel, &'static str, 
                 Accel::Tcg => {
                     // the reason is a line of QEMU's: for the log, not for every table of hosts
                     tracing::warn!(reason = %probe.reason, "no usable KVM, guests run under TCG");
-                    (Accel::Tcg, "tcg", "no usable KVM: guests run under TCG, slower (reason in the agent's log)".into())
+                    (
+                        Accel::Tcg,
+                        "tcg",
+                        "no usable KVM: guests run under TCG, slower (reason in the agent's log)".into(),
+                    )
                 }
             }
         }
