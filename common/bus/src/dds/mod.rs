@@ -24,7 +24,7 @@ use std::{
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use mio::{Events, Interest, Poll, Registry, Token, Waker};
@@ -47,6 +47,11 @@ const FIRST_READER: usize = 2;
 
 /// The poll thread looks around at least this often, should a wake-up of the library ever be lost.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
+
+/// Between the end of our endpoints and the end of their participant. RustDDS's discovery thread tells peers of ended
+/// endpoints; it holds the participant for moments, and when the last reference ends there, it tries to join itself,
+/// panics, and says no more: peers would keep dead endpoints for the lease of 50 s.
+const FAREWELL: Duration = Duration::from_millis(100);
 
 /// Samples taken from one reader before the next reader has its turn.
 const TURN: usize = 1024;
@@ -180,6 +185,10 @@ impl Inner {
         }
         if let Some(mut session) = self.session.take() {
             let _ = registry.deregister(session.status.as_status_source_mio1());
+            let until = Instant::now() + FAREWELL;
+            while let Some(left) = until.checked_duration_since(Instant::now()) {
+                std::thread::park_timeout(left);
+            }
         }
         self.participants.clear();
         self.timed_out.clear();
