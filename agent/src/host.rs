@@ -15,6 +15,7 @@ use muster_virt::{Boot, Console, DiskSpec, DomainSpec, NicSpec};
 use parking_lot::Mutex;
 
 use crate::{
+    aftercare::Aftercare,
     arguments::{Template, check_template},
     boot::BootFiles,
     config::Config,
@@ -44,6 +45,7 @@ pub struct Host {
     pub backups: Result<Backups, String>,
     pub machines: Machines,
     pub inventory: Inventory,
+    pub aftercare: Aftercare,
     pub records: Records,
     pub draining: DrainMark,
     pub images: Images,

@@ -35,6 +35,7 @@
 #![forbid(unsafe_code)]
 
 pub mod accounting;
+mod aftercare;
 pub mod arguments;
 mod boot;
 pub mod config;

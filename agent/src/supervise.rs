@@ -5,7 +5,8 @@
 //!
 //! Shutdown order, each step joined before the next:
 //! 1. `control`, `stream`: nobody new comes in; open streams end.
-//! 2. `driver`: no new command is begun; what runs gets `stop_ms`, the rest is read back by the next run.
+//! 2. `driver`: no new command is begun; what runs gets `stop_ms`, the rest is read back by the next run. Then what
+//!    outlives its order ([`crate::aftercare`]) gets as long again.
 //! 3. `listen`, `watch_states`, `watch_guests`, `nudge`, thread `agent-events`.
 //! 4. thread `agent-telemetry` (its last word: shutting down), then `beat`.
 //! 5. thread `agent-voice`: says what is queued.
@@ -234,6 +235,7 @@ impl Agent {
             backups,
             machines,
             inventory: Inventory::default(),
+            aftercare: Default::default(),
             records,
             draining: DrainMark::new(&config.state_dir),
             boot_files,
@@ -368,6 +370,8 @@ impl Agent {
     /// are cut off. For tests.
     pub async fn kill(self) {
         self.host.silent.store(true, std::sync::atomic::Ordering::Relaxed);
+        // before the orders: it would take their end for a reason to tidy up
+        self.host.aftercare.finish(Duration::ZERO).await;
         self.driver.1.abort();
         self.telemetry.2.abort();
         self.take_apart(false).await;
@@ -384,6 +388,7 @@ impl Agent {
         // 2
         self.driver.0.cancel();
         joined("driver", self.driver.1).await;
+        host.aftercare.finish(grace).await;
         // 3
         self.watchers.0.cancel();
         for task in self.watchers.1 {

@@ -14,7 +14,7 @@ use muster_idl::{
     v1::{Outcome, StoreState, Verb},
 };
 use muster_virt::{DomainState, Hypervisor, simulator::Fault};
-use support::{Controller, Depot, Place, host_of, image_bytes, network, template, vm_on, wait_for};
+use support::{Controller, Depot, Place, balky::Balky, host_of, image_bytes, network, template, vm_on, wait_for};
 
 /// A fleet of one with a VM named `desk`, off.
 struct One {
@@ -544,4 +544,33 @@ async fn a_forced_stop_is_answered_however_long_pausing_takes() {
     o.agent.stop_requested().await;
     o.agent.stop(Stop::Force).await.unwrap();
     assert_eq!(o.place.hypervisor.status(id).unwrap().state, DomainState::Paused);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_create_given_up_half_way_is_undone_when_the_hypervisor_lets_it() {
+    let network = network(25);
+    let depot = Depot::start().await;
+    let place = Place::new(25);
+    let hypervisor = Balky::new(&place.hypervisor);
+    let agent = place.start_on(&network, place.config(), hypervisor.clone()).await;
+    let mut controller = Controller::join(&network, &depot.url);
+    controller.beat(vec![]);
+    let template = template(&depot.import(image_bytes(4, 2)), Some(1));
+    let vm = vm_on(&agent, "desk");
+    hypervisor.define_hangs.store(true, Ordering::Relaxed);
+    let arguments = [("template", template.as_str())];
+    let command = controller.command(Verb::Create, vec![vm.clone()], &arguments, Duration::from_secs(2));
+    let verdict = controller.obeyed(&command).await.remove(0);
+    assert_eq!((verdict.outcome, verdict.code.as_str()), (Outcome::Indeterminate, "timeout"), "{}", verdict.message);
+    assert_eq!(hypervisor.defines.load(Ordering::Relaxed), 1);
+    assert_eq!((place.records(), agent.store().volumes().len()), (1, 2), "a domain that may come has a record");
+    let again = controller.answer(Verb::Create, &vm, &arguments).await;
+    assert_eq!((again.outcome, again.code.as_str()), (Outcome::Refused, "in-use"), "{}", again.message);
+
+    hypervisor.define_hangs.store(false, Ordering::Relaxed);
+    let limit = Duration::from_secs(10);
+    wait_for("the undo", limit, || (place.records() == 0 && agent.store().volumes().is_empty()).then_some(())).await;
+    assert!(place.hypervisor.status(vm.vm.parse().unwrap()).is_err());
+    controller.done(Verb::Create, &[vm], &arguments).await;
+    agent.stop(Stop::Orderly).await.unwrap();
 }

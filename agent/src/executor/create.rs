@@ -6,9 +6,11 @@ use muster_cim::EnabledState;
 use muster_common::{ErrorCode, VolumeId};
 use muster_store::Image;
 use muster_virt::{DomainState, HypervisorErrorKind, Lane};
+use tokio::sync::oneshot;
 
 use super::{Done, Failure, Work};
 use crate::{
+    aftercare::{Care, Pauses},
     arguments::{self, Template},
     images::Pulled,
     inventory::Entry,
@@ -47,11 +49,43 @@ impl Work {
             });
         }
         let record = VmRecord::new(vm, name, template.spec.clone(), disks, self.host.now_us());
-        let result = self.build(&record).await;
-        if result.is_err() {
-            self.unbuild(&record).await;
+        let Some(held) = self.host.aftercare.hold(vm, Care::Build) else {
+            let text = "what an earlier create of it made is still being taken away: try again later";
+            return Err(Failure::refused(ErrorCode::InUse, text));
+        };
+        let (answer, built) = oneshot::channel();
+        let work = self.clone();
+        self.host.aftercare.spawn(async move {
+            let _held = held;
+            work.build_or_undo(&record, answer).await;
+        });
+        built.await.unwrap_or_else(|_| Err(Failure::panicked()))
+    }
+
+    /// Outlives the order: what it made is taken away again when the building failed or nobody waits for it any more.
+    async fn build_or_undo(&self, record: &VmRecord, answer: oneshot::Sender<Result<Done, Failure>>) {
+        let mut unsaid = match self.build(record).await {
+            Ok(done) => match answer.send(Ok(done)) {
+                Ok(()) => return,
+                Err(_) => {
+                    tracing::warn!(vm = %record.vm, "a create was given up, what it made is taken away");
+                    None
+                }
+            },
+            Err(failure) => Some((answer, failure)),
+        };
+        let mut pauses = Pauses::new();
+        loop {
+            let undone = self.unbuild(record).await;
+            if let Some((answer, failure)) = unsaid.take() {
+                // given up meanwhile: its verdict is said
+                let _ = answer.send(Err(failure));
+            }
+            if undone {
+                return;
+            }
+            pauses.wait().await;
         }
-        result
     }
 
     async fn build(&self, record: &VmRecord) -> Result<Done, Failure> {
@@ -72,11 +106,15 @@ impl Work {
         Ok(Done::default())
     }
 
-    /// Takes everything of a VM away again; what cannot be is in the log.
-    async fn unbuild(&self, record: &VmRecord) {
+    /// Takes everything of a VM away again; false when something stayed. The record goes last and only without a domain.
+    async fn unbuild(&self, record: &VmRecord) -> bool {
         let vm = record.vm;
+        self.host.inventory.remove(vm);
         match self.host.machines.call(Lane::Vm(vm), "undefine", move |h| h.undefine(vm)).await {
-            Err(e) if e.kind() != HypervisorErrorKind::NotFound => self.host.complain("a domain stayed", &e),
+            Err(e) if e.kind() != HypervisorErrorKind::NotFound => {
+                self.host.complain("a domain stayed", &e);
+                return false;
+            }
             _ => {}
         }
         let gone = record.clone();
@@ -86,10 +124,13 @@ impl Work {
             }
             Ok(host.records.remove(gone.vm)?)
         });
-        if let Err(failure) = removed.await {
-            tracing::error!(vm = %vm, reason = failure.message, "something of a VM stayed");
+        match removed.await {
+            Ok(()) => true,
+            Err(failure) => {
+                tracing::error!(vm = %vm, reason = failure.message, "something of a VM stayed");
+                false
+            }
         }
-        self.host.inventory.remove(vm);
     }
 
     pub(super) async fn delete(&self) -> Result<Done, Failure> {

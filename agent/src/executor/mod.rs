@@ -20,7 +20,8 @@
 //! unless its argument `data` is `blank`.
 //!
 //! Each order is one future. Its deadline is the command's `not_after`; blocking work runs on the runtime's blocking
-//! threads, libvirt calls on the pool's. Dropping the future ends the waiting, not a call that runs.
+//! threads, libvirt calls on the pool's. Dropping the future ends the waiting, not a call that runs, nor what must not be
+//! left half done: that runs in [`crate::aftercare`].
 
 mod create;
 mod failure;
@@ -55,6 +56,7 @@ struct Done {
 }
 
 /// One order at work.
+#[derive(Clone)]
 struct Work {
     host: Arc<Host>,
     order: Order,

@@ -1,6 +1,8 @@
 //! A small world around agents: a network in memory, a controller's voice, and the repository it serves.
 #![allow(dead_code, clippy::unwrap_used)]
 
+pub mod balky;
+
 use std::{
     collections::BTreeMap,
     path::Path,
@@ -321,12 +323,17 @@ impl Place {
     }
 
     pub async fn start_with(&self, network: &Network, config: Config) -> Agent {
-        let deps = Deps {
-            bus: Some(network.join(&self.name)),
-            hypervisor: Some(Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>),
-            ..Deps::default()
-        };
+        self.start_on(network, config, Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>).await
+    }
+
+    pub async fn start_on(&self, network: &Network, config: Config, hypervisor: Arc<dyn Hypervisor>) -> Agent {
+        let deps = Deps { bus: Some(network.join(&self.name)), hypervisor: Some(hypervisor), ..Deps::default() };
         Agent::start(config, deps).await.unwrap()
+    }
+
+    /// VM records in the state directory.
+    pub fn records(&self) -> usize {
+        std::fs::read_dir(self.path().join("s/vms")).unwrap().count()
     }
 
     pub fn path(&self) -> &Path {

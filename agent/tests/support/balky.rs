@@ -1,0 +1,73 @@
+//! The simulator behind a hypervisor that hangs or fails where a test wants it to.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use muster_common::VmId;
+use muster_virt::{
+    DomainSpec, DomainStats, DomainStatus, ExecRequest, ExecResult, Hypervisor, HypervisorEvent, HypervisorInfo,
+    Result, Screenshot, ShutdownMode, simulator::Simulator,
+};
+
+pub struct Balky {
+    pub inner: Arc<Simulator>,
+    /// `define` hangs while this is set.
+    pub define_hangs: AtomicBool,
+    pub defines: AtomicU32,
+}
+
+impl Balky {
+    pub fn new(inner: &Arc<Simulator>) -> Arc<Self> {
+        Arc::new(Self { inner: Arc::clone(inner), define_hangs: AtomicBool::new(false), defines: AtomicU32::new(0) })
+    }
+}
+
+macro_rules! pass_on {
+    ($(fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty;)+) => {
+        $(fn $name(&self, $($argument: $type),*) -> $result {
+            self.inner.$name($($argument),*)
+        })+
+    };
+}
+
+impl Hypervisor for Balky {
+    fn define(&self, spec: &DomainSpec) -> Result<()> {
+        self.defines.fetch_add(1, Ordering::Relaxed);
+        while self.define_hangs.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.inner.define(spec)
+    }
+
+    pass_on! {
+        fn info() -> HypervisorInfo;
+        fn undefine(vm: VmId) -> Result<()>;
+        fn list() -> Result<Vec<DomainStatus>>;
+        fn status(vm: VmId) -> Result<DomainStatus>;
+        fn start(vm: VmId) -> Result<()>;
+        fn start_paused(vm: VmId) -> Result<()>;
+        fn shutdown(vm: VmId, mode: ShutdownMode) -> Result<()>;
+        fn power_off(vm: VmId) -> Result<()>;
+        fn reset(vm: VmId) -> Result<()>;
+        fn reboot(vm: VmId, mode: ShutdownMode) -> Result<()>;
+        fn pause(vm: VmId) -> Result<()>;
+        fn resume(vm: VmId) -> Result<()>;
+        fn suspend(vm: VmId) -> Result<()>;
+        fn discard_saved(vm: VmId) -> Result<()>;
+        fn guest_ping(vm: VmId, timeout: Duration) -> Result<bool>;
+        fn guest_exec(vm: VmId, request: &ExecRequest) -> Result<ExecResult>;
+        fn guest_write_file(vm: VmId, path: &str, content: &[u8]) -> Result<()>;
+        fn guest_read_file(vm: VmId, path: &str, limit: usize) -> Result<Vec<u8>>;
+        fn fs_freeze(vm: VmId) -> Result<u32>;
+        fn fs_thaw(vm: VmId) -> Result<u32>;
+        fn screenshot(vm: VmId) -> Result<Screenshot>;
+        fn stats(vm: VmId) -> Result<DomainStats>;
+        fn all_stats() -> Result<Vec<DomainStats>>;
+        fn events() -> crossbeam_channel::Receiver<HypervisorEvent>;
+    }
+}
