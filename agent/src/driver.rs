@@ -2,13 +2,13 @@
 //!
 //! One task. Orders run in a `JoinSet`: none is detached, a panic in one is a verdict (`failed`, code `internal`) and not
 //! the end of the agent. Records are made durable, all of one round in one `fdatasync`, before any other action of the
-//! round is begun.
+//! round is begun; what the ledger does not take is not begun, and the dispatcher is told.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use muster_bus::{Payload, Subscriber};
 use muster_common::{Chain, CommandId, ErrorCode};
-use muster_idl::v1::{GroupCommand, Outcome, Severity, Verdict};
+use muster_idl::v1::{GroupCommand, Outcome, Severity};
 use parking_lot::Mutex;
 use tokio::{
     sync::mpsc,
@@ -122,12 +122,27 @@ impl Driver {
         running.set.shutdown().await;
     }
 
-    async fn carry_out(&mut self, actions: Vec<Action>, running: &mut Running) {
+    /// Carries actions out, and those that follow when the ledger did not take a record.
+    async fn carry_out(&mut self, mut actions: Vec<Action>, running: &mut Running) {
+        while !actions.is_empty() {
+            actions = match self.carry_out_once(actions, running).await {
+                None => return,
+                // each round ends a task at least
+                Some(unrecorded) => self.dispatcher.handle(self.host.now_us(), unrecorded),
+            };
+        }
+    }
+
+    /// What could not be recorded and was not begun for that.
+    async fn carry_out_once(&self, actions: Vec<Action>, running: &mut Running) -> Option<Event> {
         let records: Vec<Entry> = actions
             .iter()
             .filter_map(|a| if let Action::Record(entry) = a { Some(entry.clone()) } else { None })
             .collect();
+        let commands: Vec<CommandId> =
+            records.iter().filter_map(|e| if let Entry::Command(c) = e { Some(c.id) } else { None }).collect();
         let durable = self.record(records).await;
+        let mut tasks = Vec::new();
         for action in actions {
             match action {
                 Action::Record(_) => {}
@@ -146,16 +161,7 @@ impl Driver {
                     };
                     running.spawn(Job::Act(task), Some(task), job);
                 }
-                Action::Inspect(order) | Action::Act { order, .. } => {
-                    // what cannot be recorded is not begun
-                    let ending = Ending::of(
-                        Outcome::Failed,
-                        ErrorCode::Io,
-                        "the host cannot write its command ledger and begins nothing: see its log",
-                        0,
-                    );
-                    self.host.voice.verdict(unrecorded(&self.host, &order, ending));
-                }
+                Action::Inspect(order) | Action::Act { order, .. } => tasks.push(order.task),
                 Action::GiveUp(task) => {
                     if let Some(handle) = running.handles.remove(&task) {
                         handle.abort();
@@ -180,6 +186,8 @@ impl Driver {
                 Action::Warn(text) => tracing::warn!(reason = text, "a command was ignored"),
             }
         }
+        let unrecorded = !durable && !(commands.is_empty() && tasks.is_empty());
+        unrecorded.then_some(Event::Unrecorded { commands, tasks })
     }
 
     /// True when everything is durable.
@@ -252,23 +260,5 @@ impl Running {
             }
             Job::ReadBack(command, member) => Event::ReadBack { command, member, facts: unreadable() },
         })
-    }
-}
-
-fn unrecorded(host: &Host, order: &crate::dispatcher::Order, ending: Ending) -> Verdict {
-    Verdict {
-        command: order.command.to_string(),
-        host: host.id.to_string(),
-        vm: order.member.clone(),
-        incarnation: host.incarnation.to_string(),
-        outcome: ending.outcome,
-        code: ending.code.as_str().to_string(),
-        message: ending.message,
-        enabled_state: ending.enabled_state,
-        guest_up: false,
-        result: String::new(),
-        received_at_us: order.received_us,
-        started_at_us: 0,
-        ended_at_us: host.now_us(),
     }
 }

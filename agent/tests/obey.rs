@@ -574,3 +574,36 @@ async fn a_create_given_up_half_way_is_undone_when_the_hypervisor_lets_it() {
     controller.done(Verb::Create, &[vm], &arguments).await;
     agent.stop(Stop::Orderly).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_cannot_write_its_ledger_says_so_once_and_at_once() {
+    use std::os::fd::AsRawFd;
+    let network = network(26);
+    let place = Place::new(26);
+    // a ledger that can be read and opened, and takes not one byte more
+    let ledger = rustix::fs::memfd_create("ledger", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+    let header = [b"MSTRLEDG".as_slice(), &[1, 0, 0, 0, 0, 0, 0, 0]].concat();
+    rustix::io::write(&ledger, &header).unwrap();
+    rustix::fs::fcntl_add_seals(&ledger, rustix::fs::SealFlags::GROW).unwrap();
+    std::fs::create_dir_all(place.path().join("s")).unwrap();
+    let path = format!("/proc/self/fd/{}", ledger.as_raw_fd());
+    std::os::unix::fs::symlink(path, place.path().join("s/ledger")).unwrap();
+    let agent = place.start(&network).await;
+    let mut controller = Controller::join(&network, "");
+    controller.beat(vec![]);
+    let host = host_of(&agent);
+    let short = Duration::from_secs(2);
+    // of one lane: each frees it for the next
+    let commands =
+        [Verb::Drain, Verb::Undrain, Verb::Ping].map(|v| controller.command(v, vec![host.clone()], &[], short));
+    for command in &commands {
+        let verdict = controller.obeyed(command).await.remove(0);
+        assert_eq!((verdict.outcome, verdict.code.as_str()), (Outcome::Failed, "io"), "{}", verdict.message);
+        assert!(verdict.ended_at_us < command.not_after_us, "not at its deadline");
+    }
+    // past deadline and grace nothing else is said of them
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    controller.take();
+    assert!(controller.seen.values().all(|said| said.len() == 1), "{:?}", controller.seen);
+    agent.stop(Stop::Orderly).await.unwrap();
+}

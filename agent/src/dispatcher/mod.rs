@@ -119,6 +119,8 @@ pub enum Event {
     Inspected { task: TaskId, facts: Facts },
     /// What [`Action::Act`] came to.
     Ended { task: TaskId, ending: Ending },
+    /// The ledger did not take these commands, nor the begin of these tasks: nothing was begun.
+    Unrecorded { commands: Vec<CommandId>, tasks: Vec<TaskId> },
     /// What [`Action::ReadBack`] found.
     ReadBack { command: CommandId, member: String, facts: Facts },
     /// Time passed.
@@ -265,6 +267,7 @@ impl Dispatcher {
             Event::Awaiting(ids) => self.say_again(&ids, &mut out),
             Event::Inspected { task, facts } => self.inspected(now_us, task, &facts, &mut out),
             Event::Ended { task, ending } => self.ended(now_us, task, ending, &mut out),
+            Event::Unrecorded { commands, tasks } => self.unrecorded(now_us, &commands, &tasks, &mut out),
             Event::ReadBack { command, member, facts } => self.read_back(now_us, command, &member, &facts, &mut out),
             Event::Tick => {}
         }
@@ -399,6 +402,22 @@ impl Dispatcher {
         let Some(Task { stage: Stage::Acting { started_us }, .. }) = self.tasks.get(&id) else { return };
         let started_us = *started_us;
         self.finish(now_us, id, started_us, ending, out);
+    }
+
+    /// What cannot be recorded is not begun.
+    fn unrecorded(&mut self, now_us: u64, commands: &[CommandId], tasks: &[TaskId], out: &mut Vec<Action>) {
+        let mut ids: Vec<TaskId> = self
+            .tasks
+            .values()
+            .filter(|t| t.stage == Stage::Waiting && commands.contains(&t.order.command))
+            .map(|t| t.order.task)
+            .chain(tasks.iter().copied())
+            .collect();
+        ids.sort_unstable();
+        for id in ids {
+            let text = "the host cannot write its command ledger and begins nothing: see its log";
+            self.finish(now_us, id, 0, Ending::of(Outcome::Failed, ErrorCode::Io, text, 0), out);
+        }
     }
 
     fn finish(&mut self, now_us: u64, id: TaskId, started_us: u64, ending: Ending, out: &mut Vec<Action>) {

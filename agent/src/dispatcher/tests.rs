@@ -195,6 +195,28 @@ fn no_more_than_the_limit_is_at_work_and_power_off_does_not_wait_for_it() {
 }
 
 #[test]
+fn what_cannot_be_recorded_is_answered_once_and_frees_its_lane() {
+    let mut d = dispatcher(1);
+    let first = inspected(&receive(&mut d, S, &command(1, Verb::PowerOn, &[vm(1)])))[0].task;
+    let begun = d.handle(S, Event::Inspected { task: first, facts: facts(EnabledState::Disabled) });
+    assert!(matches!(begun[1], Action::Act { .. }));
+    receive(&mut d, S, &command(2, Verb::Pause, &[vm(1)]));
+    receive(&mut d, S, &command(3, Verb::Ping, &[vm(1)]));
+    // the begin of the first, and the second with its member that waits
+    let out = d.handle(S, Event::Unrecorded { commands: vec![id(2)], tasks: vec![first] });
+    let verdicts: Vec<_> = said(&out).into_iter().map(|v| (v.command, v.outcome, v.code, v.started_at_us)).collect();
+    let failed = |n| (id(n).to_string(), Outcome::Failed, "io".to_string(), 0);
+    assert_eq!(verdicts, [failed(1), failed(2)]);
+    let next: Vec<_> = inspected(&out).iter().map(|o| o.command).collect();
+    assert_eq!(next, [id(3)], "the lane is free");
+    // neither a late end nor the deadline says a second one
+    assert!(d.handle(2 * S, Event::Ended { task: first, ending: Ending::done(2) }).is_empty());
+    let late = d.handle(100 * S, Event::Tick);
+    assert!(said(&late).iter().all(|v| v.command == id(3).to_string()), "{late:?}");
+    assert_eq!(d.open_tasks(), 0);
+}
+
+#[test]
 fn what_waited_too_long_expires_and_what_hangs_is_indeterminate() {
     let mut d = dispatcher(1);
     let first = inspected(&receive(&mut d, S, &command(1, Verb::PowerOn, &[vm(1), vm(2)])))[0].task;
