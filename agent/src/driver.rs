@@ -186,8 +186,10 @@ impl Driver {
                 Action::Warn(text) => tracing::warn!(reason = text, "a command was ignored"),
             }
         }
-        let unrecorded = !durable && !(commands.is_empty() && tasks.is_empty());
-        unrecorded.then_some(Event::Unrecorded { commands, tasks })
+        if durable || commands.is_empty() && tasks.is_empty() {
+            return None;
+        }
+        Some(Event::Unrecorded { commands, tasks })
     }
 
     /// True when everything is durable.
