@@ -13,6 +13,7 @@ use muster_bus::Bus;
 use muster_common::{Chain, Clock, Digest, HostId, Incarnation, VmId};
 use muster_virt::{Boot, Console, DiskSpec, DomainSpec, NicSpec};
 use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     aftercare::Aftercare,
@@ -25,6 +26,7 @@ use crate::{
     machines::Machines,
     presence::Presence,
     records::{Records, VmRecord},
+    telemetry::Beat,
     voice::Voice,
     volumes::Volumes,
 };
@@ -52,6 +54,8 @@ pub struct Host {
     pub boot_files: BootFiles,
     pub presence: Mutex<Presence>,
     pub voice: Voice,
+    /// Asks for a heartbeat out of turn.
+    pub beats: mpsc::Sender<Beat>,
     /// Base URL of the stream endpoint.
     pub stream_endpoint: Mutex<String>,
     /// See `accounting`.
@@ -125,6 +129,15 @@ impl Host {
 
     pub fn count_guest_file_reads(&self, reads: u64) {
         self.guest_file_reads.fetch_add(reads, Ordering::Relaxed);
+    }
+
+    /// Returns when a heartbeat was published that says what is so now; at once when the agent is stopping.
+    pub async fn beat_now(&self) {
+        let (beat, published) = oneshot::channel();
+        if self.beats.send(beat).await.is_ok() {
+            // an error: it stopped meanwhile
+            let _ = published.await;
+        }
     }
 
     /// Logs an error that only matters to the operator.

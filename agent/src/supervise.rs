@@ -222,6 +222,7 @@ impl Agent {
         let silence = config.timeouts.controller_silence_ms;
         let name =
             config.name.clone().or_else(|| sysinfo::System::host_name().ok()).unwrap_or_else(|| identity.host.short());
+        let (beats, beats_asked) = mpsc::channel(16);
         let host = Arc::new(Host {
             id: identity.host,
             incarnation: identity.incarnation,
@@ -241,6 +242,7 @@ impl Agent {
             boot_files,
             presence: Mutex::new(Presence::new(identity.host, identity.incarnation, silence, clock.now_us())),
             voice: voice.clone(),
+            beats,
             stream_endpoint: Mutex::new(stream::advertised(&config, stream_address)),
             guest_file_reads: Default::default(),
             silent: Default::default(),
@@ -292,7 +294,7 @@ impl Agent {
             tokio::spawn(observer::watch_guests(h(), watching.clone())),
             tokio::spawn(telemetry::nudge(h(), wake_in, watching.clone())),
         ];
-        let beat = tokio::spawn(telemetry::beat(h(), heartbeat, telling.clone()));
+        let beat = tokio::spawn(telemetry::beat(h(), heartbeat, beats_asked, telling.clone()));
         let driver = tokio::spawn(driver.run(host.config.timeouts.stop()));
         let open_doors = vec![
             tokio::spawn(stream::serve(h(), listener, doors.clone())),

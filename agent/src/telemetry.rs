@@ -17,6 +17,7 @@ use muster_idl::{
     v1::{Heartbeat, HostMetrics, PhysicalHost, StoreImage, StoreState, VirtualSystem, VmMetrics},
 };
 use muster_virt::{DomainStats, Lane};
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -34,15 +35,24 @@ const STATS_TIME: Duration = Duration::from_millis(500);
 /// The call itself may take this long before it counts as stuck.
 const STATS_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Each second until `stop`.
-pub async fn beat(host: Arc<Host>, publisher: Publisher<Heartbeat>, stop: CancellationToken) {
+/// Somebody waits for a heartbeat that says what is so now.
+pub type Beat = oneshot::Sender<()>;
+
+/// Each second until `stop`, and whenever one is asked for.
+pub async fn beat(
+    host: Arc<Host>,
+    publisher: Publisher<Heartbeat>,
+    mut asked: mpsc::Receiver<Beat>,
+    stop: CancellationToken,
+) {
     let mut tick = tokio::time::interval(PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     for counter in 0.. {
-        tokio::select! {
+        let waiting = tokio::select! {
             () = stop.cancelled() => return,
-            _ = tick.tick() => {}
-        }
+            _ = tick.tick() => None,
+            Some(waiting) = asked.recv() => Some(waiting),
+        };
         let sample = Heartbeat {
             host: host.id.to_string(),
             incarnation: host.incarnation.to_string(),
@@ -55,6 +65,10 @@ pub async fn beat(host: Arc<Host>, publisher: Publisher<Heartbeat>, stop: Cancel
         // best effort: this does not wait
         if let Err(e) = publisher.publish(&sample) {
             tracing::warn!(err = %Chain(&e), "a heartbeat was not published");
+        }
+        if let Some(waiting) = waiting {
+            // it may have been given up
+            let _ = waiting.send(());
         }
     }
 }

@@ -11,7 +11,7 @@ use muster_block::{BlockDevice, WriteFlags};
 use muster_common::{ByteLen, VolumeId};
 use muster_idl::{
     arguments::{BackupResult, ExecResult, PullResult},
-    v1::{Outcome, StoreState, Verb},
+    v1::{Heartbeat, Outcome, StoreState, Verb},
 };
 use muster_virt::{DomainState, Hypervisor, simulator::Fault};
 use support::{Controller, Depot, Place, balky::Balky, host_of, image_bytes, network, template, vm_on, wait_for};
@@ -605,5 +605,21 @@ async fn a_host_that_cannot_write_its_ledger_says_so_once_and_at_once() {
     tokio::time::sleep(Duration::from_secs(4)).await;
     controller.take();
     assert!(controller.seen.values().all(|said| said.len() == 1), "{:?}", controller.seen);
+    agent.stop(Stop::Orderly).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn draining_is_done_when_the_heartbeat_says_so() {
+    let network = network(27);
+    let place = Place::new(27);
+    let agent = place.start(&network).await;
+    let mut controller = Controller::join(&network, "");
+    let mut hearts = controller.bus.subscriber::<Heartbeat>(64).unwrap();
+    let host = host_of(&agent);
+    for (verb, draining) in [(Verb::Drain, true), (Verb::Undrain, false), (Verb::Drain, true)] {
+        controller.done(verb, std::slice::from_ref(&host), &[]).await;
+        let heard = std::iter::from_fn(|| hearts.try_recv()).filter_map(|sample| sample.value()).last();
+        assert_eq!(heard.map(|beat| beat.draining), Some(draining), "{verb}");
+    }
     agent.stop(Stop::Orderly).await.unwrap();
 }

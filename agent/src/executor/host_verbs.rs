@@ -41,6 +41,8 @@ impl Work {
     pub(super) async fn set_draining(&self, draining: bool) -> Result<Done, Failure> {
         debug_assert_eq!(self.order.target_kind, TargetKind::Host);
         self.blocking(move |host| Ok(host.draining.set(draining)?)).await?;
+        // done when the heartbeat says so, not up to a second before
+        self.host.beat_now().await;
         let (kind, text) = if draining {
             ("host-draining", "the host takes no new work")
         } else {

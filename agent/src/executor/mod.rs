@@ -14,7 +14,8 @@
 //! | restore | from a backup, or a snapshot (argument `name`), into new generations | volumes there, exports offered |
 //! | destroy-volumes | exports and volumes away | volumes gone |
 //! | exec, file-write | through the guest agent | it said so |
-//! | image-pull, image-drop, drain, undrain, ping | | resident; gone; marked; |
+//! | image-pull, image-drop, ping | | resident; gone; |
+//! | drain, undrain | mark | a heartbeat said so |
 //!
 //! A lost data disk at reset-session: restored from the newest backup that has it; without one the verb is refused,
 //! unless its argument `data` is `blank`.
