@@ -212,8 +212,13 @@ impl Driver {
     }
 
     async fn keep_house(&mut self, now_us: u64) {
-        self.dispatcher.forget_expired(now_us);
-        if !self.ledger.lock().wants_compaction() {
+        let dropped = self.dispatcher.forget_expired(now_us);
+        let wanted = {
+            let mut ledger = self.ledger.lock();
+            ledger.may_drop(dropped);
+            ledger.wants_compaction()
+        };
+        if !wanted {
             return;
         }
         let (ledger, entries) = (Arc::clone(&self.ledger), self.dispatcher.entries());

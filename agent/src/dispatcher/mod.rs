@@ -11,7 +11,8 @@
 //! Main types: [`Dispatcher`], [`Event`], [`Action`], [`Order`], [`Ending`], [`judge::Facts`].
 //!
 //! Invariants (a property test holds them against random histories):
-//! 1. Every member of ours in a command gets exactly one verdict; said again, it is the same.
+//! 1. Every member of ours in a command gets exactly one verdict; said again, it is the same, but for a result no longer
+//!    kept (a day, and 64 MiB of all).
 //! 2. [`Action::Record`] of a command comes before anything is done about it, of a begin before its [`Action::Act`], of a
 //!    verdict before its [`Action::Say`].
 //! 3. For one VM one task is at work at a time; only a power-off overtakes what waits for the guest.
@@ -50,6 +51,10 @@ pub const OVERRUN_US: u64 = 1_500_000;
 /// Longer texts are cut: a verdict has to fit into a ledger record and a sample.
 const MESSAGE_LIMIT: usize = 4 << 10;
 const RESULT_LIMIT: usize = 256 << 10;
+
+/// Results of all verdicts kept to be said again, in memory and so in the ledger; beyond it the oldest go first. Far more
+/// than a controller that is away for minutes lacks.
+const RESULTS_LIMIT: usize = 64 << 20;
 
 /// What is to be done for one member.
 #[derive(Clone, Debug, PartialEq)]
@@ -183,6 +188,14 @@ enum MemberState {
     Said(Box<Verdict>),
 }
 
+/// Whose verdicts have a result, oldest first, and how many bytes that is.
+#[derive(Debug, Default)]
+struct Results {
+    queue: VecDeque<(CommandId, String)>,
+    bytes: usize,
+    dropped: u64,
+}
+
 #[derive(Debug)]
 struct Known {
     entry: CommandEntry,
@@ -197,6 +210,7 @@ pub struct Dispatcher {
     parallel: usize,
     commands: HashMap<CommandId, Known>,
     epochs: BTreeMap<String, u64>,
+    results: Results,
     tasks: HashMap<TaskId, Task>,
     /// Tasks in the order they came; those at work are not in it.
     queue: VecDeque<TaskId>,
@@ -211,6 +225,7 @@ impl Dispatcher {
             parallel,
             commands: HashMap::new(),
             epochs: BTreeMap::new(),
+            results: Results::default(),
             tasks: HashMap::new(),
             queue: VecDeque::new(),
             next_task: 0,
@@ -226,7 +241,10 @@ impl Dispatcher {
     pub fn entries(&self) -> Vec<Entry> {
         let epochs =
             self.epochs.iter().map(|(controller, &epoch)| Entry::Epoch { controller: controller.clone(), epoch });
-        let commands = self.commands.values().flat_map(|known| {
+        // oldest first, as they were written: in this order results are dropped
+        let mut commands: Vec<&Known> = self.commands.values().collect();
+        commands.sort_by_key(|known| (known.entry.received_us, known.entry.id));
+        let commands = commands.into_iter().flat_map(|known| {
             let id = known.entry.id;
             let begun = self
                 .tasks
@@ -250,13 +268,46 @@ impl Dispatcher {
         epochs.chain(commands).collect()
     }
 
-    /// Forgets commands whose ledger entries have expired.
-    pub fn forget_expired(&mut self, now_us: u64) {
+    /// Forgets commands whose ledger entries have expired, and results a day after their command's deadline. Returns how
+    /// many bytes of results were dropped since it was called last.
+    pub fn forget_expired(&mut self, now_us: u64) -> u64 {
+        let queue = std::mem::take(&mut self.results.queue);
+        for (command, member) in queue {
+            let keep = self.commands.get(&command).is_some_and(|known| known.entry.keeps_results(now_us));
+            if keep {
+                self.results.queue.push_back((command, member));
+            } else {
+                self.drop_result(command, &member);
+            }
+        }
         self.commands.retain(|_, known| {
             let until = known.entry.not_after_us.max(known.entry.received_us);
             until.saturating_add(crate::ledger::RETENTION_US) > now_us
                 || known.members.values().any(|m| !matches!(m, MemberState::Said(_)))
         });
+        std::mem::take(&mut self.results.dropped)
+    }
+
+    /// Remembers that a verdict that was said has a result, and drops the oldest beyond the limit.
+    fn keep_result(&mut self, command: CommandId, verdict: &Verdict) {
+        if verdict.result.is_empty() {
+            return;
+        }
+        self.results.bytes += verdict.result.len();
+        self.results.queue.push_back((command, verdict.vm.clone()));
+        while self.results.bytes > RESULTS_LIMIT {
+            let Some((command, member)) = self.results.queue.pop_front() else { break };
+            self.drop_result(command, &member);
+        }
+    }
+
+    fn drop_result(&mut self, command: CommandId, member: &str) {
+        let member = self.commands.get_mut(&command).and_then(|known| known.members.get_mut(member));
+        if let Some(MemberState::Said(verdict)) = member {
+            let result = std::mem::take(&mut verdict.result);
+            self.results.bytes = self.results.bytes.saturating_sub(result.len());
+            self.results.dropped += result.len() as u64;
+        }
     }
 
     /// One event.
@@ -481,6 +532,7 @@ impl Dispatcher {
             return;
         }
         *member = MemberState::Said(Box::new(verdict.clone()));
+        self.keep_result(command, &verdict);
         out.push(Action::Record(Entry::Verdict(Box::new(verdict.clone()))));
         out.push(Action::Say(verdict));
     }

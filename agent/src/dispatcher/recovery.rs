@@ -28,9 +28,13 @@ impl Dispatcher {
                     }
                 }
                 Entry::Verdict(verdict) => {
-                    let known = verdict.command.parse().ok().and_then(|id| self.commands.get_mut(&id));
+                    let Ok(id) = verdict.command.parse() else { continue };
+                    // a later one takes the place of an earlier one, and of its result
+                    self.drop_result(id, &verdict.vm);
+                    let known = self.commands.get_mut(&id);
                     if let Some(member) = known.and_then(|k| k.members.get_mut(&verdict.vm)) {
-                        *member = MemberState::Said(verdict);
+                        *member = MemberState::Said(verdict.clone());
+                        self.keep_result(id, &verdict);
                     }
                 }
                 Entry::Epoch { controller, epoch } => {

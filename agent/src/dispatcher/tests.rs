@@ -216,6 +216,50 @@ fn what_cannot_be_recorded_is_answered_once_and_frees_its_lane() {
     assert_eq!(d.open_tasks(), 0);
 }
 
+/// Commands `from..to`, each ended with a result of this length.
+fn end_with_results(d: &mut Dispatcher, from: u128, to: u128, length: usize) {
+    for n in from..to {
+        let task = inspected(&receive(d, S, &command(n, Verb::Exec, &[vm(1)])))[0].task;
+        d.handle(S, Event::Inspected { task, facts: facts(EnabledState::Enabled) });
+        let ending = Ending { result: "x".repeat(length), message: "m".into(), ..Ending::done(2) };
+        assert_eq!(said(&d.handle(S, Event::Ended { task, ending }))[0].result.len(), length);
+    }
+}
+
+#[test]
+fn results_are_dropped_a_day_after_the_deadline_and_the_rest_of_the_verdict_stays() {
+    let mut d = dispatcher(4);
+    end_with_results(&mut d, 1, 2, 1000);
+    let again =
+        |d: &mut Dispatcher, now| said_again(&d.handle(now, Event::Awaiting(vec![id(1).to_string()]))).remove(0);
+    let full = again(&mut d, 2 * S);
+    let day = 10 * S + crate::ledger::RESULT_RETENTION_US;
+    assert_eq!((d.forget_expired(day - 1), again(&mut d, day - 1).result.len()), (0, 1000));
+    assert_eq!((d.forget_expired(day), d.forget_expired(day)), (1000, 0));
+    assert_eq!(again(&mut d, day), Verdict { result: String::new(), ..full });
+    assert_eq!((d.results.bytes, d.results.queue.len()), (0, 0));
+}
+
+#[test]
+fn results_beyond_the_limit_are_dropped_oldest_first_also_those_of_the_ledger() {
+    let mut d = dispatcher(4);
+    let length = 256 << 10;
+    let most = (super::RESULTS_LIMIT / length) as u128;
+    end_with_results(&mut d, 0, most + 2, length);
+    let empty = |d: &mut Dispatcher| -> Vec<u128> {
+        let all = (0..most + 2).map(|n| id(n).to_string()).collect();
+        let verdicts = said_again(&d.handle(2 * S, Event::Awaiting(all)));
+        (0..most + 2).zip(verdicts).filter(|(_, v)| v.result.is_empty()).map(|(n, _)| n).collect()
+    };
+    assert_eq!((empty(&mut d), d.results.bytes), (vec![0, 1], super::RESULTS_LIMIT));
+    assert_eq!(d.forget_expired(2 * S), 2 * length as u64);
+    let mut again = Dispatcher::new(host(), run(8), 1);
+    again.recover(2 * S, d.entries());
+    assert_eq!((empty(&mut again), again.results.bytes), (vec![0, 1], super::RESULTS_LIMIT));
+    end_with_results(&mut again, most + 2, most + 3, length);
+    assert_eq!((empty(&mut again), again.results.bytes), (vec![0, 1, 2], super::RESULTS_LIMIT));
+}
+
 #[test]
 fn what_waited_too_long_expires_and_what_hangs_is_indeterminate() {
     let mut d = dispatcher(1);

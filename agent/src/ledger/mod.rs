@@ -8,7 +8,7 @@
 //! 2. Replay ends at the first record that is cut short or fails its checksum; what is behind it is moved to
 //!    `ledger.torn` and said in the log. A torn tail was never acted upon, because of 1.
 //! 3. Entries of a command are kept for [`RETENTION_US`] after its deadline. Later, a repeated sample of it is past its
-//!    `not_after` and cannot be begun anyway.
+//!    `not_after` and cannot be begun anyway. Results of its verdicts are kept for [`RESULT_RETENTION_US`].
 //!
 //! No threads, no locks: the caller serialises. Does not decide anything.
 
@@ -27,6 +27,10 @@ use serde::{Deserialize, Serialize};
 
 /// Seven days: longer than any controller is away, and a year of nightly commands to fifty VMs stays below 1 MB a week.
 pub const RETENTION_US: u64 = 7 * 24 * 3600 * 1_000_000;
+
+/// A result may be 256 KiB, and `exec` makes one for each VM: kept for a day, in which a controller asks for what it lacks.
+/// Outcome, code and message stay for the week.
+pub const RESULT_RETENTION_US: u64 = 24 * 3600 * 1_000_000;
 
 /// The file is rewritten without what expired once it is this long.
 const COMPACT_BYTES: u64 = 8 << 20;
@@ -57,6 +61,13 @@ pub struct CommandEntry {
     pub members: Vec<String>,
     /// What reading back needs to know: image digest of a pull.
     pub subject: String,
+}
+
+impl CommandEntry {
+    /// Whether results of its verdicts are kept still.
+    pub fn keeps_results(&self, now_us: u64) -> bool {
+        self.not_after_us.max(self.received_us).saturating_add(RESULT_RETENTION_US) > now_us
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -181,6 +192,11 @@ impl Ledger {
         self.len > COMPACT_BYTES && self.len / 2 > self.kept
     }
 
+    /// So many bytes of what the file holds need not be written again.
+    pub fn may_drop(&mut self, bytes: u64) {
+        self.kept = self.kept.saturating_sub(bytes);
+    }
+
     /// Replaces the contents by what is known and not expired.
     pub fn compact(&mut self, entries: Vec<Entry>, now_us: u64) -> Result<(), LedgerError> {
         match Self::rewrite(&self.path, &unexpired(entries, now_us)) {
@@ -203,8 +219,8 @@ impl Ledger {
     }
 }
 
-/// Drops the entries of commands that expired more than [`RETENTION_US`] ago, and all but the last epoch of each
-/// controller.
+/// Drops the entries of commands that expired more than [`RETENTION_US`] ago, results of those that expired more than
+/// [`RESULT_RETENTION_US`] ago, and all but the last epoch of each controller.
 fn unexpired(entries: Vec<Entry>, now_us: u64) -> Vec<Entry> {
     let live: std::collections::HashSet<CommandId> = entries
         .iter()
@@ -213,9 +229,21 @@ fn unexpired(entries: Vec<Entry>, now_us: u64) -> Vec<Entry> {
             _ => None,
         })
         .collect();
+    let with_results: std::collections::HashSet<CommandId> = entries
+        .iter()
+        .filter_map(|entry| match entry {
+            Entry::Command(c) if c.keeps_results(now_us) => Some(c.id),
+            _ => None,
+        })
+        .collect();
     let mut epochs = std::collections::BTreeMap::new();
     let mut kept: Vec<Entry> = Vec::new();
-    for entry in entries {
+    for mut entry in entries {
+        if let Entry::Verdict(v) = &mut entry
+            && !v.command.parse().is_ok_and(|id| with_results.contains(&id))
+        {
+            v.result = String::new();
+        }
         let keep = match &entry {
             Entry::Command(c) => live.contains(&c.id),
             Entry::Begun { id, .. } => live.contains(id),
@@ -361,5 +389,25 @@ mod tests {
         assert_eq!(Ledger::open(&path, deadline + RETENTION_US - 1).unwrap().1.len(), 3);
         let (_, found) = Ledger::open(&path, deadline + RETENTION_US).unwrap();
         assert_eq!(found, [epoch(2)]);
+    }
+
+    #[test]
+    fn results_expire_a_day_after_the_deadline_and_leave_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger");
+        let (mut ledger, _) = Ledger::open(&path, 0).unwrap();
+        let long = || Entry::Verdict(Box::new(Verdict { result: "x".repeat(900 << 10), ..verdict(1) }));
+        let mut entries = vec![Entry::Command(command(1))];
+        entries.extend((0..10).map(|_| long()));
+        ledger.append(&entries).unwrap();
+        ledger.compact(entries.clone(), 0).unwrap();
+        assert!(!ledger.wants_compaction());
+        ledger.may_drop(9000 << 10);
+        assert!(ledger.wants_compaction());
+        let day = command(1).not_after_us + RESULT_RETENTION_US;
+        assert_eq!(Ledger::open(&path, day - 1).unwrap().1, entries);
+        let (_, found) = Ledger::open(&path, day).unwrap();
+        assert_eq!((found.len(), &found[1]), (11, &Entry::Verdict(Box::new(verdict(1)))));
+        assert!(fs::metadata(&path).unwrap().len() < 10 << 10);
     }
 }
