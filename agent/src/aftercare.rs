@@ -17,6 +17,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 pub enum Care {
     /// Making it, or taking away what was made.
     Build,
+    /// Freezing its file systems, or thawing them again.
+    Freeze,
 }
 
 /// The tasks; joined by [`Aftercare::finish`].

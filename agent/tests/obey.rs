@@ -4,7 +4,10 @@
 
 mod support;
 
-use std::{sync::atomic::Ordering, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use muster_agent::{Agent, Config, Deps, Stop};
 use muster_block::{BlockDevice, WriteFlags};
@@ -28,10 +31,15 @@ struct One {
 }
 
 async fn one(seed: u64) -> One {
+    let place = Place::new(seed);
+    let (config, hypervisor) = (place.config(), place.hypervisor.clone());
+    one_on(seed, place, config, hypervisor).await
+}
+
+async fn one_on(seed: u64, place: Place, config: Config, hypervisor: Arc<dyn Hypervisor>) -> One {
     let network = network(seed);
     let depot = Depot::start().await;
-    let place = Place::new(seed);
-    let agent = place.start(&network).await;
+    let agent = place.start_on(&network, config, hypervisor).await;
     let mut controller = Controller::join(&network, &depot.url);
     controller.beat(vec![]);
     let image = depot.import(image_bytes(4, 2));
@@ -622,4 +630,53 @@ async fn draining_is_done_when_the_heartbeat_says_so() {
         assert_eq!(heard.map(|beat| beat.draining), Some(draining), "{verb}");
     }
     agent.stop(Stop::Orderly).await.unwrap();
+}
+
+async fn event(controller: &mut Controller, kind: &str) {
+    let mut said = || {
+        let heard = std::iter::from_fn(|| controller.events.try_recv());
+        heard.filter_map(|sample| sample.value()).any(|event| event.kind == kind)
+    };
+    wait_for(kind, Duration::from_secs(15), || said().then_some(())).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_is_thawed_even_when_the_order_that_froze_it_was_given_up() {
+    let place = Place::new(28);
+    let (config, hypervisor) = (place.config(), Balky::new(&place.hypervisor));
+    let mut o = one_on(28, place, config, hypervisor.clone()).await;
+    o.done(Verb::PowerOn, &[]).await;
+    o.controller.system(&o.vm.clone(), "guest up", |s| s.guest_up).await;
+    hypervisor.thaw_hangs.store(true, Ordering::Relaxed);
+    hypervisor.thaws_to_fail.store(3, Ordering::Relaxed);
+    let time = Duration::from_secs(1);
+    let command = o.controller.command(Verb::Snapshot, vec![o.vm.clone()], &[("name", "a")], time);
+    let verdict = o.controller.obeyed(&command).await.remove(0);
+    assert_eq!((verdict.outcome, verdict.code.as_str()), (Outcome::Indeterminate, "timeout"), "{}", verdict.message);
+    // meanwhile nothing is called consistent: the late thaw would end its freeze
+    assert!(o.done(Verb::Snapshot, &[("name", "b")]).await.message.contains("crash-consistent"));
+    hypervisor.thaw_hangs.store(false, Ordering::Relaxed);
+    event(&mut o.controller, "guest-frozen").await;
+    event(&mut o.controller, "guest-thawed").await;
+    assert_eq!(hypervisor.thawed.load(Ordering::Relaxed), 1);
+    assert_eq!(o.done(Verb::Snapshot, &[("name", "c")]).await.message, "");
+    assert_eq!(hypervisor.thawed.load(Ordering::Relaxed), 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_cannot_be_thawed_holds_nobody_up_and_is_let_go_when_it_is_off() {
+    let place = Place::new(29);
+    let (mut config, hypervisor) = (place.config(), Balky::new(&place.hypervisor));
+    // longer than the test takes: it ends in time only when nothing is at work any more
+    config.timeouts.stop_ms = 60_000;
+    let mut o = one_on(29, place, config, hypervisor.clone()).await;
+    o.done(Verb::PowerOn, &[]).await;
+    o.controller.system(&o.vm.clone(), "guest up", |s| s.guest_up).await;
+    hypervisor.thaws_to_fail.store(u32::MAX, Ordering::Relaxed);
+    o.done(Verb::Snapshot, &[("name", "a")]).await;
+    event(&mut o.controller, "guest-frozen").await;
+    o.done(Verb::PowerOff, &[]).await;
+    let stop = o.agent.stop(Stop::Orderly);
+    tokio::time::timeout(Duration::from_secs(20), stop).await.unwrap().unwrap();
+    assert_eq!(hypervisor.thawed.load(Ordering::Relaxed), 0);
 }

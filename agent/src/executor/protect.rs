@@ -6,24 +6,29 @@ use std::sync::Arc;
 
 use muster_backup::{BackedVm, Captured, Plan, VolumeToBackUp};
 use muster_block::BlockDevice;
-use muster_common::{ErrorCode, VmId};
+use muster_common::{Chain, ErrorCode, VmId};
 use muster_idl::{
     arguments::{BackupResult, BackupVolumeResult},
     v1::Severity,
 };
 use muster_store::Snapshot;
-use muster_virt::{DomainState, Lane};
+use muster_virt::{DomainState, HypervisorErrorKind, Lane};
+use tokio::sync::oneshot;
 
 use super::{Done, Failure, Work, guest::json};
 use crate::{
+    aftercare::{Care, Held, Pauses},
     arguments,
     inventory::{Entry, SnapshotSet},
-    records::DiskRecord,
+    records::{DiskRecord, VmRecord},
     voice::About,
 };
 
-/// A thaw is tried this often: a guest left frozen is worse than a backup that failed.
-const THAWS: u32 = 5;
+/// After so many thaws in vain it is said that the guest is frozen. It is tried on: a guest left frozen is worse than a
+/// backup that failed.
+const THAWS: u32 = 3;
+/// What one freeze or thaw may take.
+const CALL: Duration = Duration::from_secs(10);
 const CRASH_CONSISTENT: &str = "crash-consistent: the guest agent did not freeze the file systems";
 
 /// All volumes of a VM as they were at one moment.
@@ -33,54 +38,118 @@ struct Cut {
     consistent: bool,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Thaw {
+    /// The guest is frozen, or may be.
+    UntilDone,
+    /// It is not, as far as is known.
+    Once,
+}
+
 impl Work {
     async fn cut(&self, entry: &Entry) -> Result<Cut, Failure> {
         let vm = entry.record.vm;
         let running = self.host.machines.status(vm).await?.is_some_and(|s| s.state == DomainState::Running);
-        let mut frozen = false;
-        if running && self.guest_answers(vm).await {
-            let time = self.call_time().min(Duration::from_secs(10));
-            match self.host.machines.call_within(Lane::Vm(vm), "freeze", time, move |h| h.fs_freeze(vm)).await {
-                Ok(_) => frozen = true,
-                Err(e) => {
-                    tracing::warn!(vm = %vm, err = %muster_common::Chain(&e), "freezing a guest's file systems failed");
-                    // it may have frozen some
-                    self.thaw(vm).await;
-                }
-            }
+        // the thaw of an earlier order, not ended yet, would end this one's freeze
+        let held = if running { self.host.aftercare.hold(vm, Care::Freeze) } else { None };
+        if let Some(held) = held
+            && self.guest_answers(vm).await
+        {
+            let (answer, cut) = oneshot::channel();
+            let (work, record) = (self.clone(), entry.record.clone());
+            self.host.aftercare.spawn(async move { work.cut_frozen(record, held, answer).await });
+            return cut.await.unwrap_or_else(|_| Err(Failure::panicked()));
         }
-        let record = entry.record.clone();
-        let snapshots = self
-            .blocking(move |host| {
-                let lost =
-                    |d: &DiskRecord| Failure::failed(ErrorCode::VolumeLost, format!("volume {} is lost", d.volume));
-                record
-                    .disks
-                    .iter()
-                    .map(|d| {
-                        let volume = host.volumes.find(d).ok_or_else(|| lost(d))?;
-                        Ok((d.clone(), volume.snapshot()?))
-                    })
-                    .collect::<Result<Vec<_>, Failure>>()
-            })
-            .await;
-        if frozen {
-            self.thaw(vm).await;
-        }
-        Ok(Cut { disks: snapshots?, consistent: frozen || !running })
+        Ok(Cut { disks: self.snapshots(entry.record.clone()).await?, consistent: !running })
     }
 
-    async fn thaw(&self, vm: VmId) {
-        for attempt in 1..=THAWS {
-            let time = Duration::from_secs(10);
-            match self.host.machines.call_within(Lane::Vm(vm), "thaw", time, move |h| h.fs_thaw(vm)).await {
-                Ok(_) => return,
-                Err(e) => tracing::warn!(vm = %vm, attempt, err = %muster_common::Chain(&e), "thawing failed"),
+    /// Outlives the order: no guest stays frozen because nobody waits for the snapshot any more.
+    async fn cut_frozen(&self, record: VmRecord, held: Held, answer: oneshot::Sender<Result<Cut, Failure>>) {
+        use HypervisorErrorKind::{Busy, GuestFailed, InvalidState, NotFound, Unsupported};
+        let vm = record.vm;
+        let time = self.call_time().min(CALL);
+        let frozen = self.host.machines.call_within(Lane::Vm(vm), "freeze", time, move |h| h.fs_freeze(vm)).await;
+        let disks = self.snapshots(record).await;
+        let thaw = match &frozen {
+            Ok(_) => Thaw::UntilDone,
+            Err(e) => {
+                tracing::warn!(vm = %vm, err = %Chain(e), "freezing a guest's file systems failed");
+                match e.kind() {
+                    // it was not asked, or said no itself: a guest agent that fails thaws what it had frozen
+                    Busy | GuestFailed | InvalidState | NotFound | Unsupported => Thaw::Once,
+                    _ => Thaw::UntilDone,
+                }
             }
+        };
+        let cut = disks.map(|disks| Cut { disks, consistent: frozen.is_ok() });
+        self.thaw(vm, thaw, held, answer, cut).await;
+    }
+
+    async fn snapshots(&self, record: VmRecord) -> Result<Vec<(DiskRecord, Snapshot)>, Failure> {
+        self.blocking(move |host| {
+            let lost = |d: &DiskRecord| Failure::failed(ErrorCode::VolumeLost, format!("volume {} is lost", d.volume));
+            record
+                .disks
+                .iter()
+                .map(|d| {
+                    let volume = host.volumes.find(d).ok_or_else(|| lost(d))?;
+                    Ok((d.clone(), volume.snapshot()?))
+                })
+                .collect()
+        })
+        .await
+    }
+
+    /// Tries until the guest is thawed or gone. The order goes on when it is, or when it was said that it is not.
+    async fn thaw(
+        &self,
+        vm: VmId,
+        thaw: Thaw,
+        held: Held,
+        answer: oneshot::Sender<Result<Cut, Failure>>,
+        cut: Result<Cut, Failure>,
+    ) {
+        let mut waiting = Some((answer, cut));
+        let mut pauses = Pauses::new();
+        for attempt in 1_u32.. {
+            match self.host.machines.call_within(Lane::Vm(vm), "thaw", CALL, move |h| h.fs_thaw(vm)).await {
+                Ok(_) => break,
+                Err(e) => tracing::warn!(vm = %vm, attempt, err = %Chain(&e), "thawing failed"),
+            }
+            if thaw == Thaw::Once || self.is_gone(vm).await {
+                break;
+            }
+            if let Some((answer, cut)) = waiting.take_if(|(answer, _)| attempt >= THAWS || answer.is_closed()) {
+                let text =
+                    "the guest's file systems could not be thawed after a snapshot: it is tried again; or reset it";
+                self.say_of(vm, Severity::Error, "guest-frozen", text);
+                // an order given up has its verdict
+                let _ = answer.send(cut);
+            }
+            pauses.wait().await;
         }
+        // before the order ends: the next one may freeze
+        drop(held);
+        match waiting {
+            Some((answer, cut)) => {
+                let _ = answer.send(cut);
+            }
+            None => self.say_of(vm, Severity::Info, "guest-thawed", "the guest's file systems are frozen no more"),
+        }
+    }
+
+    /// It does not run any more, and nothing in it is frozen.
+    async fn is_gone(&self, vm: VmId) -> bool {
+        match self.host.machines.status(vm).await {
+            Ok(Some(status)) => !status.state.is_active(),
+            Ok(None) => true,
+            Err(_) => false,
+        }
+    }
+
+    fn say_of(&self, vm: VmId, severity: Severity, kind: &str, text: &str) {
         let about = About { vm: vm.to_string(), command: self.order.command.to_string(), ..About::default() };
-        let text = "the guest's file systems could not be thawed after a snapshot: reset it";
-        self.host.voice.event(Severity::Error, "guest-frozen", text, about);
+        self.host.voice.event(severity, kind, text, about);
     }
 
     pub(super) async fn snapshot(&self) -> Result<Done, Failure> {

@@ -10,8 +10,8 @@ use std::{
 
 use muster_common::VmId;
 use muster_virt::{
-    DomainSpec, DomainStats, DomainStatus, ExecRequest, ExecResult, Hypervisor, HypervisorEvent, HypervisorInfo,
-    Result, Screenshot, ShutdownMode, simulator::Simulator,
+    DomainSpec, DomainStats, DomainStatus, ExecRequest, ExecResult, Hypervisor, HypervisorError, HypervisorErrorKind,
+    HypervisorEvent, HypervisorInfo, Result, Screenshot, ShutdownMode, simulator::Simulator,
 };
 
 pub struct Balky {
@@ -19,11 +19,24 @@ pub struct Balky {
     /// `define` hangs while this is set.
     pub define_hangs: AtomicBool,
     pub defines: AtomicU32,
+    /// `fs_thaw` hangs while this is set.
+    pub thaw_hangs: AtomicBool,
+    /// So many thaws fail.
+    pub thaws_to_fail: AtomicU32,
+    /// So many thawed a frozen guest.
+    pub thawed: AtomicU32,
 }
 
 impl Balky {
     pub fn new(inner: &Arc<Simulator>) -> Arc<Self> {
-        Arc::new(Self { inner: Arc::clone(inner), define_hangs: AtomicBool::new(false), defines: AtomicU32::new(0) })
+        Arc::new(Self {
+            inner: Arc::clone(inner),
+            define_hangs: AtomicBool::new(false),
+            defines: AtomicU32::new(0),
+            thaw_hangs: AtomicBool::new(false),
+            thaws_to_fail: AtomicU32::new(0),
+            thawed: AtomicU32::new(0),
+        })
     }
 }
 
@@ -42,6 +55,21 @@ impl Hypervisor for Balky {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.inner.define(spec)
+    }
+
+    fn fs_thaw(&self, vm: VmId) -> Result<u32> {
+        while self.thaw_hangs.load(Ordering::Relaxed) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let less = |left: u32| left.checked_sub(1);
+        if self.thaws_to_fail.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).is_ok() {
+            return Err(HypervisorError::new(HypervisorErrorKind::AgentUnavailable, "thaw: as the test wants it"));
+        }
+        let thawed = self.inner.fs_thaw(vm)?;
+        if thawed > 0 {
+            self.thawed.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(thawed)
     }
 
     pass_on! {
@@ -64,7 +92,6 @@ impl Hypervisor for Balky {
         fn guest_write_file(vm: VmId, path: &str, content: &[u8]) -> Result<()>;
         fn guest_read_file(vm: VmId, path: &str, limit: usize) -> Result<Vec<u8>>;
         fn fs_freeze(vm: VmId) -> Result<u32>;
-        fn fs_thaw(vm: VmId) -> Result<u32>;
         fn screenshot(vm: VmId) -> Result<Screenshot>;
         fn stats(vm: VmId) -> Result<DomainStats>;
         fn all_stats() -> Result<Vec<DomainStats>>;
