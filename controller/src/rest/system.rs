@@ -91,11 +91,7 @@ fn examine(core: &Core) -> Doctor {
                 "install libvirt and QEMU there",
             ));
         } else if host.accelerator == "tcg" {
-            checks.push(warning(
-                &name,
-                host.hypervisor_remark.clone(),
-                "guests run, slowly; enable virtualisation",
-            ));
+            checks.push(warning(&name, host.hypervisor_remark.clone(), "guests run, slowly; enable virtualisation"));
         } else {
             checks.push(good(&name, format!("online, {}", host.accelerator)));
         }
