@@ -599,6 +599,7 @@ async fn a_host_that_cannot_write_its_ledger_says_so_once_and_at_once() {
     let agent = place.start(&network).await;
     let mut controller = Controller::join(&network, "");
     controller.beat(vec![]);
+    let mut hearts = controller.bus.subscriber::<Heartbeat>(64).unwrap();
     let host = host_of(&agent);
     let short = Duration::from_secs(2);
     // of one lane: each frees it for the next
@@ -609,8 +610,9 @@ async fn a_host_that_cannot_write_its_ledger_says_so_once_and_at_once() {
         assert_eq!((verdict.outcome, verdict.code.as_str()), (Outcome::Failed, "io"), "{}", verdict.message);
         assert!(verdict.ended_at_us < command.not_after_us, "not at its deadline");
     }
-    // past deadline and grace nothing else is said of them
-    tokio::time::sleep(Duration::from_secs(4)).await;
+    // past deadline and grace nothing else is said of them: a heartbeat of that time tells that the agent lived to say it
+    let quiet_us = commands.iter().map(|c| c.not_after_us).max().unwrap() + 3_000_000;
+    while hearts.recv().await.unwrap().value().unwrap().sent_at_us < quiet_us {}
     controller.take();
     assert!(controller.seen.values().all(|said| said.len() == 1), "{:?}", controller.seen);
     agent.stop(Stop::Orderly).await.unwrap();

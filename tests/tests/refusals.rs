@@ -207,8 +207,15 @@ fn wrong_state(fleet: &Fleet) {
     let drained = fine(fleet, &["host", "drain", "host2"]);
     assert_eq!(outcomes(&drained), [("done".to_string(), 1)]);
     let create = ["vm", "create", "--template", "desk", "--name", "late", "--on", "host2"];
-    not_done(fleet, &create, "refused", "host-draining", "takes no new work");
+    let draining = |wanted: bool| {
+        wait_for("the heartbeat that says so", LIMIT, || {
+            (fine(fleet, &["host", "show", "host2"])["draining"] == wanted).then_some(())
+        });
+    };
+    draining(true);
+    refused(fleet, &create, &["host2 is draining"]);
     fine(fleet, &["host", "undrain", "host2"]);
+    draining(false);
     let made = fleet.muster(&create);
     assert!(text(&made.stdout).contains("\ncreate: 1 done"), "{}", text(&made.stdout));
     fine(fleet, &["vm", "delete", "late", "--yes"]);
