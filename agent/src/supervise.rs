@@ -6,7 +6,7 @@
 //! Shutdown order, each step joined before the next:
 //! 1. `control`, `stream`: nobody new comes in; open streams end.
 //! 2. `driver`: no new command is begun; what runs gets `stop_ms`, the rest is read back by the next run. Then what
-//!    outlives its order ([`crate::aftercare`]) gets as long again.
+//!    outlives its order (`aftercare`) gets as long again.
 //! 3. `listen`, `watch_states`, `watch_guests`, `nudge`, thread `agent-events`.
 //! 4. thread `agent-telemetry` (its last word: shutting down), then `beat`.
 //! 5. thread `agent-voice`: says what is queued.
