@@ -19,8 +19,8 @@ pub struct BusConfig {
     /// Addresses of hosts to look for when multicast does not reach them. A port is not needed: discovery tries the
     /// first participants of the domain on each.
     pub peers: Vec<IpAddr>,
-    /// Discover by multicast (239.255.0.1). False: only `peers` and this machine's own processes are looked for, and
-    /// no multicast datagram is sent or received.
+    /// Discover by multicast (239.255.0.1). False: only `peers` and this machine's own processes are looked for. On an
+    /// interface that can multicast RustDDS still announces itself there every 10 s; nothing depends on an answer.
     pub multicast: bool,
 }
 
