@@ -63,7 +63,25 @@ pub fn assert_contents(device: &dyn BlockDevice, expected: &[u8], what: &str) {
         if let Some(i) = got.iter().zip(want).position(|(a, b)| a != b) {
             panic!("{what}: byte {} is {:#x}, expected {:#x}", at + i as u64, got[i], want[i]);
         }
+        assert_shown(device, at, want, what);
     }
+}
+
+/// Reads a range by [`BlockDevice::read_with`] and checks that all of it is shown as `expected`.
+///
+/// # Panics
+/// When a byte differs or is not shown.
+pub fn assert_shown(device: &dyn BlockDevice, offset: u64, expected: &[u8], what: &str) {
+    let mut shown = vec![0xee; expected.len()];
+    let mut seen = vec![false; expected.len()];
+    let mut sink = |at: u64, piece: &[u8]| {
+        let range = at as usize..at as usize + piece.len();
+        shown[range.clone()].copy_from_slice(piece);
+        seen[range].fill(true);
+    };
+    device.read_with(offset, expected.len() as u64, &mut sink).expect("show a range within the device");
+    assert!(seen.iter().all(|&seen| seen), "{what}: {} bytes at {offset} are not all shown", expected.len());
+    assert!(shown == expected, "{what}: {} bytes at {offset} are shown wrong", expected.len());
 }
 
 /// Checks invariant 6 of the trait, and that holes read as zero.
@@ -101,6 +119,7 @@ fn ranges_outside_are_refused_and_empty_ones_are_done(device: &dyn BlockDevice) 
     for offset in [size, size + 1, u64::MAX] {
         let results = [
             device.read_at(offset, &mut one),
+            device.read_with(offset, 1, &mut |_, _| {}),
             device.write_at(offset, &one, flags),
             device.write_zeroes(offset, 1, ZeroFlags::default()),
             device.trim(offset, 1),
@@ -207,6 +226,7 @@ fn any_sequence_equals_the_model(device: &dyn BlockDevice, seed: u64) {
                 let contents = model.contents();
                 let expected = &contents[offset as usize..(offset + len) as usize];
                 assert!(data == expected, "seed {seed} step {step}: read of {len} at {offset} differs from the model");
+                assert_shown(device, offset, expected, &format!("seed {seed} step {step}"));
             }
         }
     }

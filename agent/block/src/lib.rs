@@ -133,6 +133,23 @@ pub trait BlockDevice: Send + Sync {
     /// Fills `buf` from `offset`.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError>;
 
+    /// Shows `len` bytes from `offset` to `sink`, piece by piece and without a copy where the device can: each piece with
+    /// its place in the request (0 is the first byte asked for). All of the request is shown, in any order; a piece may be
+    /// shown again, and then the last showing counts. For whoever may not take a `&mut [u8]` of where the bytes go, as a
+    /// guest's memory. The sink must not call the device.
+    fn read_with(&self, offset: u64, len: u64, sink: &mut dyn FnMut(u64, &[u8])) -> Result<(), BlockError> {
+        self.geometry().check(offset, len)?;
+        let mut buf = [0; 16 << 10];
+        let mut done = 0;
+        while done < len {
+            let piece = &mut buf[..(len - done).min(16 << 10) as usize];
+            self.read_at(offset + done, piece)?;
+            sink(done, piece);
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+
     /// Writes `data` at `offset`. After an error any part of the range may have been written.
     fn write_at(&self, offset: u64, data: &[u8], flags: WriteFlags) -> Result<(), BlockError>;
 
@@ -155,6 +172,9 @@ impl<D: BlockDevice + ?Sized> BlockDevice for std::sync::Arc<D> {
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         (**self).read_at(offset, buf)
+    }
+    fn read_with(&self, offset: u64, len: u64, sink: &mut dyn FnMut(u64, &[u8])) -> Result<(), BlockError> {
+        (**self).read_with(offset, len, sink)
     }
     fn write_at(&self, offset: u64, data: &[u8], flags: WriteFlags) -> Result<(), BlockError> {
         (**self).write_at(offset, data, flags)
