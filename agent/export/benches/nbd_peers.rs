@@ -58,12 +58,12 @@ struct Settings {
     seconds: u32,
     size: ByteLen,
     device: String,
-    spin: Duration,
+    spin: Option<Duration>,
 }
 
 fn settings() -> Result<Settings> {
     let mut settings =
-        Settings { rounds: 5, seconds: 2, size: ByteLen::mib(512), device: "store".into(), spin: Duration::ZERO };
+        Settings { rounds: 5, seconds: 2, size: ByteLen::mib(512), device: "store".into(), spin: None };
     // cargo adds --bench.
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     while let Some(argument) = arguments.next() {
@@ -73,7 +73,7 @@ fn settings() -> Result<Settings> {
             "--seconds" => settings.seconds = value.parse()?,
             "--size" => settings.size = value.parse()?,
             "--device" => settings.device = value,
-            "--spin-us" => settings.spin = Duration::from_micros(value.parse()?),
+            "--spin-us" => settings.spin = Some(Duration::from_micros(value.parse()?)),
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
@@ -144,7 +144,7 @@ fn main() -> Result<()> {
     let export = registry.add("bench", device)?;
     let ours = directory.path().join("muster.sock");
     let mut config = NbdConfig::unix(&ours);
-    config.spin = settings.spin;
+    config.spin = settings.spin.unwrap_or(config.spin);
     let server = NbdServer::start(config, registry)?;
 
     // The peers.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p muster-export --example nbd_serve -- --socket /tmp/x.sock [--tcp 127.0.0.1:0] \
-//!     [--device memory|store] [--size 1GiB] [--name disk] [--spin-us 0]
+//!     [--device memory|store] [--size 1GiB] [--name disk] [--spin-us 20]
 //! ```
 //!
 //! Prints the URI and serves until its standard input ends (^D).
@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut size = ByteLen::gib(1);
     let mut device = "memory".to_owned();
     let mut name = String::new();
-    let mut spin = Duration::ZERO;
+    let mut spin = None;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{argument} needs a value"))?;
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--size" => size = value.parse()?,
             "--device" => device = value,
             "--name" => name = value,
-            "--spin-us" => spin = Duration::from_micros(value.parse()?),
+            "--spin-us" => spin = Some(Duration::from_micros(value.parse()?)),
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
@@ -50,7 +50,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let registry = Arc::new(Registry::new());
     let export = registry.add(name.clone(), device)?;
     let mut config = NbdConfig::unix(socket.clone().unwrap_or_default());
-    config.spin = spin;
+    config.spin = spin.unwrap_or(config.spin);
     config.listen.clear();
     if let Some(path) = &socket {
         config.listen.push(Listen::Unix { path: path.into(), mode: 0o600 });

@@ -10,6 +10,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown};
 
+/// Longest time to wait for a client to read its replies before looking for more requests: far above what a busy one
+/// takes, and short enough for one that sends much before it reads anything.
+const SETTLE_NS: i64 = 5_000_000;
+/// Pauses of the processor between two looks at the socket while spinning: about a microsecond.
+const SPIN_PAUSES: u32 = 64;
+
 /// How long to wait for bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Wait {
@@ -27,6 +33,8 @@ pub(crate) trait Transport {
     fn receive(&self, buffer: &mut [u8], wait: Wait) -> io::Result<Option<usize>>;
     /// Sends everything, or fails. `until` limits the time.
     fn send(&self, bytes: &[u8], until: Option<Instant>) -> io::Result<()>;
+    /// Waits for the peer to have read most of what was sent, a short time at most.
+    fn settle(&self) {}
     /// Whether the session should refuse what comes from now on.
     fn is_draining(&self) -> bool;
 }
@@ -106,7 +114,11 @@ impl Transport for Socket {
                         if let Some(received) = self.try_receive(buffer, RecvFlags::DONTWAIT)? {
                             return Ok(Some(received));
                         }
-                        std::hint::spin_loop();
+                        // Looking takes the lock that the client needs to send, so not too often.
+                        for _ in 0..SPIN_PAUSES {
+                            std::hint::spin_loop();
+                        }
+                        std::thread::yield_now();
                     }
                 }
                 self.try_receive(buffer, RecvFlags::empty())
@@ -132,6 +144,14 @@ impl Transport for Socket {
             }
         }
         Ok(())
+    }
+
+    /// Unix sockets count as writable when less than a quarter of the send buffer is unread. Until then the client has
+    /// enough to do, and a thread that waits for room is not woken by each of its requests: under a deep queue that
+    /// wakeup is the dearest part of a client's request.
+    fn settle(&self) {
+        let timeout = Timespec { tv_sec: 0, tv_nsec: SETTLE_NS };
+        let _ = poll(&mut [PollFd::new(&*self.fd, PollFlags::OUT | PollFlags::RDHUP)], Some(&timeout));
     }
 
     fn is_draining(&self) -> bool {
