@@ -56,7 +56,7 @@ pub fn evidence(host: &Host) -> Evidence {
         .map(|export| {
             let pids = export.peers().into_iter().filter_map(|peer| match peer {
                 Peer::Local { pid, .. } => u32::try_from(pid).ok().filter(|pid| *pid != own),
-                Peer::Remote(_) | Peer::Unknown => None,
+                Peer::Remote(_) | Peer::Certified { .. } | Peer::Unknown => None,
             });
             (export.name().to_string(), pids.filter_map(of).collect::<Vec<_>>())
         })

@@ -62,8 +62,7 @@ struct Settings {
 }
 
 fn settings() -> Result<Settings> {
-    let mut settings =
-        Settings { rounds: 5, seconds: 2, size: ByteLen::mib(512), device: "store".into(), spin: None };
+    let mut settings = Settings { rounds: 5, seconds: 2, size: ByteLen::mib(512), device: "store".into(), spin: None };
     // cargo adds --bench.
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     while let Some(argument) = arguments.next() {

@@ -8,6 +8,9 @@
 //!                            '--------------------------------------------------------------------------> closed
 //! ```
 //!
+//! Where TLS is required ([`Security::Required`]) every option but `STARTTLS` and `ABORT` is refused until it has been
+//! begun, and the negotiation then starts over: what was agreed in the clear does not count.
+//!
 //! The driver feeds bytes to [`Handshake::advance`] and does what the returned [`Event`] says; where the answer needs
 //! the catalog (open, describe, list) the driver asks it and calls back with the result. Replies are appended to the
 //! caller's buffer. No I/O, no clock: the time limit of the handshake is the driver's.
@@ -26,13 +29,15 @@ pub struct HandshakeLimits {
     /// Longest data of one option. The longest legal one is two strings of 4096 bytes and a few numbers; metadata
     /// queries may repeat.
     pub option_len: u32,
+    /// Bytes of all options together: a slow stream of long ones is ended, too.
+    pub total_len: u64,
     /// Bytes a list of exports may take; what does not fit is left out.
     pub list_len: usize,
 }
 
 impl Default for HandshakeLimits {
     fn default() -> Self {
-        HandshakeLimits { options: 4096, option_len: 32 * 1024, list_len: 1024 * 1024 }
+        HandshakeLimits { options: 4096, option_len: 32 * 1024, total_len: 4 * 1024 * 1024, list_len: 1024 * 1024 }
     }
 }
 
@@ -62,6 +67,17 @@ pub struct Agreed {
     pub base_allocation: bool,
 }
 
+/// Whether this connection is to be encrypted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Security {
+    /// There is no TLS here.
+    Plain,
+    /// Nothing is said before TLS.
+    Required,
+    /// TLS is spoken.
+    Encrypted,
+}
+
 /// What the driver has to do next.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Event {
@@ -75,6 +91,9 @@ pub enum Event {
     Open(String),
     /// Get the list of exports, then call [`Handshake::listed`].
     List,
+    /// Send the output, then do the handshake of TLS; then call [`Handshake::encrypted`]. Nothing may have been received
+    /// behind the option.
+    StartTls,
     /// Send the output and close. The text says why, for the log.
     Close(&'static str),
 }
@@ -114,7 +133,9 @@ enum State {
 pub struct Handshake {
     state: State,
     limits: HandshakeLimits,
+    security: Security,
     options_seen: u32,
+    bytes_seen: u64,
     no_zeroes: bool,
     structured: bool,
     /// Name for which `base:allocation` was chosen; a GO for another name drops it (§ *Metadata querying*).
@@ -133,14 +154,16 @@ struct Pending {
 
 impl Handshake {
     /// Begins a negotiation: the greeting goes to `out`.
-    pub fn new(limits: HandshakeLimits, out: &mut Vec<u8>) -> Handshake {
+    pub fn new(limits: HandshakeLimits, security: Security, out: &mut Vec<u8>) -> Handshake {
         out.extend_from_slice(&INIT_MAGIC.to_be_bytes());
         out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
         out.extend_from_slice(&(handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES).to_be_bytes());
         Handshake {
             state: State::Greeting,
             limits,
+            security,
             options_seen: 0,
+            bytes_seen: 0,
             no_zeroes: false,
             structured: false,
             context_for: None,
@@ -187,7 +210,8 @@ impl Handshake {
         let total = OPTION_HEADER_LEN + header.length as usize;
         let Some(data) = input.get(OPTION_HEADER_LEN..total) else { return (0, Event::NeedMore) };
         self.options_seen += 1;
-        if self.options_seen > self.limits.options {
+        self.bytes_seen += total as u64;
+        if self.options_seen > self.limits.options || self.bytes_seen > self.limits.total_len {
             push_option_reply(out, header.option, option_reply::ERR_POLICY, b"too many options");
             return (total, self.close("too many options"));
         }
@@ -196,6 +220,25 @@ impl Handshake {
 
     fn handle(&mut self, number: u32, data: &[u8], out: &mut Vec<u8>) -> Event {
         match number {
+            // The old option has no error reply.
+            option::EXPORT_NAME if self.security == Security::Required => {
+                self.close("NBD_OPT_EXPORT_NAME where TLS is required")
+            }
+            _ if self.security == Security::Required && !matches!(number, option::STARTTLS | option::ABORT) => {
+                push_option_reply(out, number, option_reply::ERR_TLS_REQD, b"begin TLS first");
+                Event::Continue
+            }
+            option::STARTTLS if self.security != Security::Plain => {
+                if self.security == Security::Encrypted {
+                    return invalid(out, number, b"TLS is spoken already");
+                }
+                if !data.is_empty() {
+                    return invalid(out, number, b"this option takes no data");
+                }
+                push_option_reply(out, number, option_reply::ACK, &[]);
+                self.state = State::Waiting(number);
+                Event::StartTls
+            }
             option::EXPORT_NAME => match std::str::from_utf8(data) {
                 Ok(name) if name.len() <= crate::protocol::MAX_STRING => {
                     self.pending = Pending { name: name.to_owned(), ..Pending::default() };
@@ -267,6 +310,16 @@ impl Handshake {
         }
         push_option_reply(out, number, option_reply::ACK, &[]);
         Event::Continue
+    }
+
+    /// The answer to [`Event::StartTls`], once TLS is spoken: the options begin anew.
+    pub fn encrypted(&mut self) {
+        debug_assert_eq!(self.state, State::Waiting(option::STARTTLS));
+        self.state = State::Options;
+        self.security = Security::Encrypted;
+        self.structured = false;
+        self.context_for = None;
+        self.pending = Pending::default();
     }
 
     /// The answer to [`Event::Describe`].
@@ -455,7 +508,7 @@ mod tests {
     }
     fn begun(flags: u32) -> Handshake {
         let mut greeting = Vec::new();
-        let mut handshake = Handshake::new(HandshakeLimits::default(), &mut greeting);
+        let mut handshake = Handshake::new(HandshakeLimits::default(), Security::Plain, &mut greeting);
         assert_eq!(greeting, b"NBDMAGICIHAVEOPT\0\x03");
         assert_eq!(handshake.advance(&flags.to_be_bytes(), &mut greeting), (4, Event::Continue));
         handshake
@@ -543,6 +596,33 @@ mod tests {
     }
 
     #[test]
+    fn where_tls_is_required_nothing_is_told_before_it_and_nothing_said_before_it_counts() {
+        let mut out = Vec::new();
+        let mut handshake = Handshake::new(HandshakeLimits::default(), Security::Required, &mut out);
+        handshake.advance(&3u32.to_be_bytes(), &mut out);
+        out.clear();
+        for number in [option::LIST, option::INFO, option::GO, option::STRUCTURED_REPLY, option::SET_META_CONTEXT, 99] {
+            assert_eq!(handshake.advance(&opt(number, &go_data("v", &[])), &mut out).1, Event::Continue);
+        }
+        assert!(replies(&out).iter().all(|reply| reply.1 == option_reply::ERR_TLS_REQD));
+        out.clear();
+        assert_eq!(handshake.advance(&opt(option::STARTTLS, b"x"), &mut out).1, Event::Continue);
+        assert_eq!(handshake.advance(&opt(option::STARTTLS, &[]), &mut out).1, Event::StartTls);
+        let got = replies(&out);
+        assert_eq!((got[0].1, got[1].1), (option_reply::ERR_INVALID, option_reply::ACK));
+        handshake.encrypted();
+        out.clear();
+        handshake.advance(&opt(option::STARTTLS, &[]), &mut out);
+        assert_eq!(replies(&out)[0].1, option_reply::ERR_INVALID, "twice");
+        assert_eq!(handshake.advance(&opt(option::GO, &go_data("v", &[])), &mut out).1, Event::Open("v".into()));
+        assert_eq!(handshake.opened(Ok(offer()), &mut out), Ok(Agreed::default()));
+
+        let mut handshake = Handshake::new(HandshakeLimits::default(), Security::Required, &mut out);
+        handshake.advance(&3u32.to_be_bytes(), &mut out);
+        assert!(matches!(handshake.advance(&opt(option::EXPORT_NAME, b"v"), &mut out).1, Event::Close(_)));
+    }
+
+    #[test]
     fn list_names_what_it_is_given_or_refuses() {
         let mut handshake = begun(3);
         let mut out = Vec::new();
@@ -581,7 +661,7 @@ mod tests {
         assert_eq!(closed_after, HandshakeLimits::default().options);
 
         let mut greeting = Vec::new();
-        let mut handshake = Handshake::new(HandshakeLimits::default(), &mut greeting);
+        let mut handshake = Handshake::new(HandshakeLimits::default(), Security::Plain, &mut greeting);
         assert!(matches!(handshake.advance(&8u32.to_be_bytes(), &mut out).1, Event::Close(_)));
         let mut handshake = begun(3);
         assert!(matches!(handshake.advance(b"GET / HTTP/1.1\r\n", &mut out).1, Event::Close(_)));
@@ -603,6 +683,7 @@ mod tests {
                     Event::Describe(_) => { handshake.described(Ok(offer()), &mut out); }
                     Event::List => { handshake.listed(Some(["x"].into_iter()), &mut out); }
                     Event::Close(_) => break,
+                    Event::StartTls => handshake.encrypted(),
                     Event::NeedMore | Event::Continue => {}
                 }
                 prop_assert!(out.len() < 1024);

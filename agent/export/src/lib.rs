@@ -22,7 +22,8 @@
 //! ```
 //!
 //! What is spoken: fixed newstyle negotiation with `EXPORT_NAME`, `ABORT`, `LIST`, `INFO`, `GO`, `STRUCTURED_REPLY`,
-//! `LIST_META_CONTEXT`, `SET_META_CONTEXT` (`base:allocation`); `READ` (fragments with holes, `DF`), `WRITE`, `FLUSH`,
+//! `LIST_META_CONTEXT`, `SET_META_CONTEXT` (`base:allocation`), `STARTTLS` (TLS 1.3, certificates on both sides, on TCP
+//! when [`NbdConfig::tls`] is set, and then required); `READ` (fragments with holes, `DF`), `WRITE`, `FLUSH`,
 //! `FUA`, `TRIM`, `WRITE_ZEROES` (`NO_HOLE`, `FAST_ZERO`), `BLOCK_STATUS` (`REQ_ONE`), `CACHE`, `DISC`.
 //!
 //! Invariants:
@@ -37,15 +38,18 @@
 //! 6. When [`Registry::remove`] returns `Ok`, no session uses the device any more.
 //! 7. A flush covers every write answered before it was received, on any connection (`CAN_MULTI_CONN`): it is the
 //!    device's flush.
-//! 8. Requests of one connection are answered in any order; a long read or trim does not hold up short ones behind it.
+//! 8. Where TLS is required, nothing is told or opened before it, nothing said before it counts after it, and the catalog
+//!    is asked with the name on the client's verified certificate.
+//! 9. Requests of one connection are answered in any order; a long read or trim does not hold up short ones behind it.
 //!
 //! Threads: `nbd-accept`, and `nbd-<n>` for each connection. Locks: see [`registry`].
 //!
-//! Deliberately not here: TLS and extended headers (later), any meaning of export names, retries, caching, ordering
-//! between requests in flight. TCP is unprotected and meant for trusted networks and tests until TLS is here.
+//! Deliberately not here: extended headers, any meaning of export names, retries, caching, ordering between requests in
+//! flight. TCP without [`NbdConfig::tls`] is unprotected and meant for trusted networks and tests.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+mod access;
 mod connection;
 pub mod handshake;
 pub mod protocol;
@@ -53,11 +57,14 @@ pub mod registry;
 mod server;
 mod session;
 pub mod statistics;
+mod tls;
 pub mod transmission;
 mod transport;
 
+pub use access::{Restricted, Rule};
 pub use connection::replay;
 pub use handshake::{HandshakeLimits, Offer, Refusal};
 pub use registry::{Export, ExportCatalog, Peer, Registry, RegistryError};
 pub use server::{Listen, NbdConfig, NbdServer, ServerError};
 pub use statistics::{ExportStatistics, Operation, OperationStatistics};
+pub use tls::{Identity, Tls, TlsError};

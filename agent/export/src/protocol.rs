@@ -101,6 +101,8 @@ pub mod option_reply {
     pub const ERR_POLICY: u32 = FLAG_ERROR | 2;
     /// Malformed or out of order.
     pub const ERR_INVALID: u32 = FLAG_ERROR | 3;
+    /// TLS must be begun first.
+    pub const ERR_TLS_REQD: u32 = FLAG_ERROR | 5;
     /// The export is not known.
     pub const ERR_UNKNOWN: u32 = FLAG_ERROR | 6;
     /// The server is shutting down.

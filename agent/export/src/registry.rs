@@ -25,6 +25,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use crate::handshake::{Offer, Refusal};
 use crate::protocol::{Errno, transmission_flag as flag};
 use crate::statistics::{ExportStatistics, Statistics};
+use crate::tls::Identity;
 use crate::transport::Socket;
 
 /// Longest request we offer: what every known client stays within (the specification's default).
@@ -42,6 +43,13 @@ pub enum Peer {
     },
     /// A TCP client. Not authenticated: its address says nothing about who it is.
     Remote(SocketAddr),
+    /// A TCP client that showed a certificate of an authority of ours.
+    Certified {
+        /// Where it connected from.
+        address: SocketAddr,
+        /// Who the certificate says it is.
+        identity: Identity,
+    },
     /// Not known.
     Unknown,
 }
@@ -51,6 +59,7 @@ impl std::fmt::Display for Peer {
         match self {
             Peer::Local { pid, uid } => write!(f, "pid {pid} uid {uid}"),
             Peer::Remote(address) => address.fmt(f),
+            Peer::Certified { address, identity } => write!(f, "{identity} at {address}"),
             Peer::Unknown => f.write_str("unknown"),
         }
     }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,10 +20,11 @@ use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::{SocketFlags, acceptfrom_with, sockopt};
 
-use crate::connection::{Ended, serve};
+use crate::connection::{Ended, Terms, serve};
 use crate::handshake::HandshakeLimits;
 use crate::registry::{ExportCatalog, Peer, panic_text};
 use crate::session::End;
+use crate::tls::Tls;
 use crate::transport::Socket;
 
 /// Send buffer of a unix socket (the kernel doubles it for its own bookkeeping). A quarter of that, 104 KiB, is what a
@@ -58,6 +59,12 @@ pub struct NbdConfig {
     pub handshake_time: Duration,
     /// See [`HandshakeLimits`].
     pub handshake: HandshakeLimits,
+    /// Connections of one peer (a user of this host, or an address) that have not chosen an export yet; one more is
+    /// closed at once. So one client that connects and says nothing does not keep the others out.
+    pub handshakes_per_peer: usize,
+    /// TCP clients must begin TLS and show a certificate before anything else. Unix sockets stay plain: their file mode
+    /// says who may connect.
+    pub tls: Option<Tls>,
     /// How long a connection looks for the next request before its thread sleeps, while its last one came about that
     /// quickly. Trades processor time for latency, and spares a busy client the wakeup; an idle one costs nothing.
     pub spin: Duration,
@@ -71,7 +78,7 @@ impl NbdConfig {
         NbdConfig::on(Listen::Unix { path: path.into(), mode: 0o600 })
     }
 
-    /// Listens on a TCP address, unprotected.
+    /// Listens on a TCP address, unprotected unless [`NbdConfig::tls`] is set.
     pub fn tcp(address: SocketAddr) -> NbdConfig {
         NbdConfig::on(Listen::Tcp(address))
     }
@@ -82,6 +89,8 @@ impl NbdConfig {
             connections: 1024,
             handshake_time: Duration::from_secs(10),
             handshake: HandshakeLimits::default(),
+            handshakes_per_peer: 256,
+            tls: None,
             spin: Duration::from_micros(20),
             grace: Duration::from_secs(2),
         }
@@ -138,6 +147,8 @@ struct Shared {
     limit: usize,
     handshake_time: Duration,
     handshake: HandshakeLimits,
+    handshakes_per_peer: usize,
+    tls: Option<Tls>,
     spin: Duration,
 }
 
@@ -145,11 +156,42 @@ struct Connection {
     /// `None` when the connection has ended and its thread only waits to be joined.
     socket: Option<Socket>,
     thread: JoinHandle<()>,
+    /// Whose handshake is going on.
+    handshake_of: Option<Origin>,
+}
+
+/// What handshakes are counted by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Origin {
+    User(u32),
+    Address(IpAddr),
+    Unknown,
+}
+
+impl Origin {
+    fn of(peer: &Peer) -> Origin {
+        match peer {
+            Peer::Local { uid, .. } => Origin::User(*uid),
+            Peer::Remote(address) | Peer::Certified { address, .. } => Origin::Address(address.ip()),
+            Peer::Unknown => Origin::Unknown,
+        }
+    }
 }
 
 impl Shared {
     fn live(connections: &BTreeMap<u64, Connection>) -> usize {
         connections.values().filter(|one| one.socket.is_some()).count()
+    }
+
+    /// Which limit keeps this peer out, if one does.
+    fn is_full_for(&self, peer: &Peer) -> Option<&'static str> {
+        let connections = self.connections.lock();
+        if Shared::live(&connections) >= self.limit {
+            return Some("connections");
+        }
+        let origin = Some(Origin::of(peer));
+        let shaking = connections.values().filter(|one| one.socket.is_some() && one.handshake_of == origin).count();
+        (shaking >= self.handshakes_per_peer).then_some("handshakes of this peer")
     }
 }
 
@@ -185,6 +227,8 @@ impl NbdServer {
             limit: config.connections,
             handshake_time: config.handshake_time,
             handshake: config.handshake,
+            handshakes_per_peer: config.handshakes_per_peer,
+            tls: config.tls,
             spin: config.spin,
         });
         for listener in &listeners {
@@ -293,22 +337,17 @@ fn accept_loop(shared: &Arc<Shared>, listeners: &[OwnedFd], wake: &OwnedFd) {
         for listener in listeners {
             match acceptfrom_with(listener, SocketFlags::CLOEXEC) {
                 Ok((fd, address)) => {
-                    let full = Shared::live(&shared.connections.lock()) >= shared.limit;
-                    if full {
-                        refused += 1;
-                        if refused.is_power_of_two() {
-                            tracing::warn!(
-                                limit = shared.limit,
-                                refused,
-                                "connection limit reached, client turned away"
-                            );
-                        }
-                        continue;
-                    }
                     let peer = match address.and_then(|address| SocketAddr::try_from(address).ok()) {
                         Some(address) => Peer::Remote(address),
                         None => local_peer(&fd),
                     };
+                    if let Some(limit) = shared.is_full_for(&peer) {
+                        refused += 1;
+                        if refused.is_power_of_two() {
+                            tracing::warn!(%peer, limit, refused, "connection limit reached, client turned away");
+                        }
+                        continue;
+                    }
                     start_connection(shared, fd, peer);
                 }
                 Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
@@ -357,9 +396,9 @@ fn start_connection(shared: &Arc<Shared>, fd: OwnedFd, peer: Peer) {
     // Locked over the start: the thread finds its entry when it ends.
     let mut connections = shared.connections.lock();
     let spawned = std::thread::Builder::new().name(format!("nbd-{id}")).spawn({
-        let (shared, socket) = (Arc::clone(shared), socket.clone());
+        let (shared, socket, peer) = (Arc::clone(shared), socket.clone(), peer.clone());
         move || {
-            connection_thread(&shared, &socket, &peer);
+            connection_thread(&shared, id, &socket, &peer);
             if let Some(connection) = shared.connections.lock().get_mut(&id) {
                 connection.socket = None;
             }
@@ -368,24 +407,37 @@ fn start_connection(shared: &Arc<Shared>, fd: OwnedFd, peer: Peer) {
     });
     match spawned {
         Ok(thread) => {
-            connections.insert(id, Connection { socket: Some(socket), thread });
+            let handshake_of = Some(Origin::of(&peer));
+            connections.insert(id, Connection { socket: Some(socket), thread, handshake_of });
         }
         Err(error) => tracing::error!(err = %error, "start a connection thread; client turned away"),
     }
 }
 
-fn connection_thread(shared: &Shared, socket: &Socket, peer: &Peer) {
-    let until = Instant::now() + shared.handshake_time;
-    let catalog = &*shared.catalog;
+fn connection_thread(shared: &Shared, id: u64, socket: &Socket, peer: &Peer) {
+    let chosen = || {
+        if let Some(connection) = shared.connections.lock().get_mut(&id) {
+            connection.handshake_of = None;
+        }
+    };
+    let terms = Terms {
+        catalog: &*shared.catalog,
+        limits: shared.handshake,
+        handshake_until: Instant::now() + shared.handshake_time,
+        chosen: &chosen,
+        spin: shared.spin,
+    };
+    let tls = shared.tls.as_ref().filter(|_| matches!(peer, Peer::Remote(_)));
     // A panic of the device is caught where it is called and fences the export. This one catches our own mistakes, so
     // that they cost one connection; the session's guard leaves the export on the way out.
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        serve(socket, Some(socket), catalog, peer, shared.handshake, until, shared.spin)
-    }));
+    let result = catch_unwind(AssertUnwindSafe(|| serve(socket, tls, peer, &terms)));
     match result {
         Ok(Ok(Ended::Session(End::Violation(why)))) => tracing::warn!(%peer, why, "client broke the protocol"),
         Ok(Ok(ended)) => tracing::debug!(%peer, ?ended, "connection ended"),
         Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => tracing::warn!(%peer, "handshake took too long"),
+        Ok(Err(error)) if matches!(error.kind(), io::ErrorKind::InvalidData | io::ErrorKind::PermissionDenied) => {
+            tracing::warn!(%peer, err = %error, "TLS failed");
+        }
         Ok(Err(error)) => tracing::debug!(%peer, err = %error, "connection lost"),
         Err(panic) => tracing::error!(%peer, reason = panic_text(&*panic), "connection thread panicked"),
     }

@@ -434,6 +434,34 @@ fn handshake_limits_hold() {
 }
 
 #[test]
+fn a_peer_that_says_nothing_keeps_no_one_out_who_has_chosen() {
+    let device: Arc<dyn BlockDevice> = Arc::new(MemoryDevice::new(ByteLen::mib(1)));
+    let served = Served::with(device, |config| {
+        config.handshakes_per_peer = 2;
+        config.handshake_time = Duration::from_secs(60);
+        config.handshake.total_len = 1000;
+    });
+    // Those in their session do not count.
+    let mut sessions = [served.client(true), served.client(true), served.client(true)];
+    let mut silent = [served.connect(), served.connect()];
+    for client in &mut silent {
+        client.stream.read_exact(&mut [0; 18]).unwrap();
+    }
+    assert!(served.connect().is_closed());
+    for client in &mut sessions {
+        assert_eq!(client.ask(command::READ, 0, 0, 512, &[]).errno, 0);
+    }
+    // Options that are short each and too much together end one of them, and there is room again.
+    silent[0].stream.write_all(&3u32.to_be_bytes()).unwrap();
+    for _ in 0..3 {
+        // The last ones may find the door closed.
+        let _ = silent[0].stream.write_all(&option_bytes(99, &[0; 400]));
+    }
+    let _ = silent[0].stream.read_to_end(&mut Vec::new());
+    wait_for("room again", || served.connect().stream.read_exact(&mut [0; 18]).is_ok());
+}
+
+#[test]
 fn the_old_export_name_option_works() {
     let (_, served) = served(numbered(MIB));
     let mut client = served.connect();
