@@ -24,6 +24,12 @@ const MOST_COMPARED: usize = 8;
 const SLOT: u64 = size_of::<u64>() as u64;
 const SMALLEST: usize = 16;
 
+/// The table that lists this tag.
+#[inline]
+pub(crate) const fn shard_of(tag: u32) -> usize {
+    (tag >> (u32::BITS - SHARD_BITS)) as usize
+}
+
 pub(crate) struct Index {
     shards: Box<[Padded<Mutex<Shard>>]>,
 }
@@ -65,7 +71,24 @@ impl Index {
 
     #[inline]
     pub(crate) fn shard(&self, tag: u32) -> MutexGuard<'_, Shard> {
-        self.shards[(tag >> (u32::BITS - SHARD_BITS)) as usize].0.lock()
+        self.shards[shard_of(tag)].0.lock()
+    }
+
+    /// Fills a shard that is empty with slots (tag above frame), and charges for it whether the budget holds it or not.
+    pub(crate) fn fill(&self, shard: usize, slots: &[u64], budget: &Budget) {
+        let mut shard = self.shards[shard].0.lock();
+        debug_assert_eq!(shard.used, 0);
+        if slots.is_empty() {
+            return;
+        }
+        // as full as after growing, so that the next entries do not make it grow again
+        let size = SMALLEST.max(slots.len() * 7 / 5 + 1);
+        budget.charge_anyway(size as u64 * SLOT);
+        shard.resize(size, budget);
+        for &slot in slots {
+            shard.place(slot);
+        }
+        shard.used = slots.len();
     }
 
     pub(crate) fn counts(&self) -> IndexCounts {
