@@ -28,6 +28,19 @@ pub(crate) const HUGE: usize = 2 << 20;
 /// What the tables beside frames come in.
 const SMALL: usize = 4096;
 
+/// Asks the processor to bring the cache line at an address near. A hint: whatever the address, nothing else happens.
+#[inline]
+pub(crate) fn prefetch(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64, and a prefetch of an address that is not mapped does nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(address));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// Reserved address space.
 struct Region {
     /// Aligned to [`HUGE`].
@@ -149,6 +162,36 @@ impl Words {
     }
 }
 
+/// Copies a block to memory that is not near and will not be wanted soon: without reading it first, as an ordinary copy
+/// has the processor do, and without driving out what is near.
+///
+/// # Safety
+/// `to` is valid for writes of [`BLOCK`] bytes, aligned to 64, and does not overlap `block`.
+#[inline]
+unsafe fn copy_past_caches(block: &[u8; BLOCK], to: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+        let (from, to) = (block.as_ptr().cast::<__m128i>(), to.cast::<__m128i>());
+        for line in (0..BLOCK / 16).step_by(4) {
+            // SAFETY: SSE2 is part of x86-64; the caller vouches for `to`, and `block` has as many bytes.
+            unsafe {
+                let words = [0, 1, 2, 3].map(|n| _mm_loadu_si128(from.add(line + n)));
+                for (n, word) in words.into_iter().enumerate() {
+                    _mm_stream_si128(to.add(line + n), word);
+                }
+            }
+        }
+        // SAFETY: as above. Such stores are not ordered with what publishes the frame, but for this.
+        unsafe { _mm_sfence() };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller vouches for it.
+    unsafe {
+        std::ptr::copy_nonoverlapping(block.as_ptr(), to, BLOCK);
+    }
+}
+
 /// A region of frames. See the frame rule above.
 pub(crate) struct Blocks(Region);
 
@@ -169,8 +212,8 @@ impl Blocks {
     #[inline]
     pub(crate) fn fill(&self, frame: u32, block: &[u8; BLOCK]) {
         // SAFETY: by the frame rule no other thread reads or writes this frame now; source and destination are BLOCK
-        // bytes long, and no `&[u8]` ever refers to arena memory, so they do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), self.frame(frame), BLOCK) }
+        // bytes long, and no `&[u8]` ever refers to arena memory, so they do not overlap. A frame is aligned to BLOCK.
+        unsafe { copy_past_caches(block, self.frame(frame)) }
     }
 
     /// Copies bytes `from..from + buf.len()` of a frame the caller keeps alive.
@@ -187,22 +230,6 @@ impl Blocks {
     pub(crate) fn with<R>(&self, frame: u32, look: impl FnOnce(&[u8; BLOCK]) -> R) -> R {
         // SAFETY: by the frame rule nobody writes this frame during the call; the reference cannot leave it.
         look(unsafe { &*self.frame(frame).cast::<[u8; BLOCK]>() })
-    }
-
-    /// Asks the processor to bring the frame near: it will be filled, or read and compared.
-    #[inline]
-    pub(crate) fn prefetch(&self, frame: u32) {
-        #[cfg(target_arch = "x86_64")]
-        for line in (0..BLOCK).step_by(64) {
-            // SAFETY: a prefetch of an address within our mapping touches nothing; SSE is part of x86-64.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
-                    self.frame(frame).add(line).cast(),
-                );
-            }
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = frame;
     }
 
     /// Takes the memory of these frames, which are in nobody's hands, from the machine now.

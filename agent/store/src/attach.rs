@@ -118,9 +118,11 @@ impl Engine {
         let (frames, nodes) = (self.frames.pool.dealt_before(), self.nodes.pool.dealt_before());
         node != 0
             && node < nodes
-            && self.nodes.entries(node).iter().map(|entry| entry.load(Relaxed)).filter(|&named| named != 0).all(|named| {
-                if level == 0 { named < frames } else { self.is_whole(named, level - 1) }
-            })
+            && self.nodes.entries(node).iter().map(|entry| entry.load(Relaxed)).filter(|&named| named != 0).all(
+                |named| {
+                    if level == 0 { named < frames } else { self.is_whole(named, level - 1) }
+                },
+            )
     }
 
     /// Before everything is counted once more.

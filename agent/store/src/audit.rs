@@ -109,9 +109,7 @@ impl<'a> Recount<'a> {
         let free_frames = [engine.frames.pool.free_numbers(), std::mem::take(&mut self.kept.0)].concat();
         let free_nodes = [engine.nodes.pool.free_numbers(), std::mem::take(&mut self.kept.1)].concat();
         let frames = is_free(&self.frames, free_frames, "frame", &|frame| engine.frames.count(frame));
-        let nodes = is_free(&self.nodes, free_nodes, "node", &|node| {
-            engine.nodes.references(node).load(Acquire)
-        });
+        let nodes = is_free(&self.nodes, free_nodes, "node", &|node| engine.nodes.references(node).load(Acquire));
         for fault in frames.into_iter().chain(nodes) {
             self.fault(fault);
         }

@@ -145,8 +145,11 @@ impl Disk {
         if !Arc::ptr_eq(&self.inner, &other.inner) {
             return Err(StoreError::ForeignSnapshot);
         }
-        let runs =
-            self.inner.engine.differences(&self.map, &other.map).map_err(|refused| self.inner.refused(&self.map, refused))?;
+        let runs = self
+            .inner
+            .engine
+            .differences(&self.map, &other.map)
+            .map_err(|refused| self.inner.refused(&self.map, refused))?;
         let size = self.map.size().max(other.map.size());
         Ok(runs.into_iter().map(|(first, count)| (first * 4096, (count * 4096).min(size - first * 4096))).collect())
     }
@@ -193,7 +196,10 @@ impl BlockDevice for Disk {
 
     fn read_with(&self, offset: u64, len: u64, sink: &mut dyn FnMut(u64, &[u8])) -> Result<(), BlockError> {
         self.geometry().check(offset, len)?;
-        self.inner.engine.show(&self.map, offset, len, sink).map_err(|refused| self.refuse(refused, "read", offset, len))
+        self.inner
+            .engine
+            .show(&self.map, offset, len, sink)
+            .map_err(|refused| self.refuse(refused, "read", offset, len))
     }
 
     fn write_at(&self, offset: u64, data: &[u8], _flags: WriteFlags) -> Result<(), BlockError> {

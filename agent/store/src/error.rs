@@ -36,11 +36,7 @@ pub enum StoreError {
     #[error("what was stored there is damaged and could not be repaired: restore it from a backup")]
     Damaged,
     #[error("{action} {path}", path = path.display())]
-    Memory {
-        action: &'static str,
-        path: std::path::PathBuf,
-        source: std::io::Error,
-    },
+    Memory { action: &'static str, path: std::path::PathBuf, source: std::io::Error },
     #[error(
         "{path} is not in memory and this process may not mount a tmpfs there: choose a directory on a tmpfs, such as \
          one below /dev/shm, or start as root", path = path.display()

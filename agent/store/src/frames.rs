@@ -22,12 +22,12 @@ use std::{
 
 use parking_lot::RwLock;
 
-use xxhash_rust::xxh3::xxh3_64_with_secret;
+use twox_hash::XxHash3_64;
 
 use crate::{
     PageKind,
     account::Account,
-    arena::{BLOCK, Blocks, Words},
+    arena::{BLOCK, Blocks, Words, prefetch},
     index::{Found, Index},
     map::{Map, Nodes},
     marks::{Mark, Marks},
@@ -101,7 +101,8 @@ impl Domain {
 
     #[inline]
     pub(crate) fn tag_of(&self, block: &[u8; BLOCK]) -> u32 {
-        (xxh3_64_with_secret(block, &self.secret) >> 32) as u32
+        // the only error is a secret that is too short
+        (XxHash3_64::oneshot_with_secret(&self.secret, block).unwrap_or_default() >> 32) as u32
     }
 }
 
@@ -310,13 +311,18 @@ impl Engine {
         })
     }
 
-    /// The frame that holds this block, with one reference for the caller; 0 for an all-zero block.
+    /// The frame that holds this block, with one reference for the caller; 0 for an all-zero block. `replaced` is the frame
+    /// that will be released for it, if anybody knows.
     #[inline]
-    pub(crate) fn intern(&self, map: &Map, block: &[u8; BLOCK]) -> Result<u32, Failed> {
+    pub(crate) fn intern(&self, map: &Map, block: &[u8; BLOCK], replaced: Option<u32>) -> Result<u32, Failed> {
         if is_zero(block) {
             return Ok(0);
         }
         let tag = map.domain.tag_of(block);
+        self.frames.index.prefetch(tag);
+        if let Some(frame) = replaced {
+            self.prefetch_place(frame);
+        }
         if map.account.is_alone() {
             return self.store_alone(&map.account, tag, block);
         }
@@ -330,6 +336,18 @@ impl Engine {
         self.frames.tag_word(frame).store(tag, Relaxed);
         self.frames.references(frame).store(ALONE << DOMAIN_SHIFT | 1, Release);
         Ok(frame)
+    }
+
+    /// Brings near what releasing a frame, which may be gone meanwhile, will look at: first its words, then its place in the
+    /// index.
+    #[inline]
+    pub(crate) fn prefetch_words(&self, frame: u32) {
+        prefetch(self.frames.references(frame).as_ptr().addr());
+    }
+
+    #[inline]
+    pub(crate) fn prefetch_place(&self, frame: u32) {
+        self.frames.index.prefetch(self.frames.tag(frame));
     }
 
     #[inline]

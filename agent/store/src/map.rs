@@ -467,7 +467,13 @@ impl Engine {
     }
 
     /// Shows the range piece by piece, straight from the frames where they are in their place.
-    pub(crate) fn show(&self, map: &Map, offset: u64, len: u64, sink: &mut dyn FnMut(u64, &[u8])) -> Result<(), Refused> {
+    pub(crate) fn show(
+        &self,
+        map: &Map,
+        offset: u64,
+        len: u64,
+        sink: &mut dyn FnMut(u64, &[u8]),
+    ) -> Result<(), Refused> {
         let mut done = 0;
         let mut block = [0; BLOCK];
         while done < len {
@@ -524,9 +530,12 @@ impl Engine {
         let (mut new, mut old) = ([0; FANOUT], [0; FANOUT]);
         let (blocks, _) = data.as_chunks::<BLOCK>();
         let (mut done, mut holes) = (0, 0);
+        let replaced = self.peek(map, first, blocks.len(), &mut old);
+        // two trips to memory that hashing hides
+        replaced.iter().for_each(|&frame| self.prefetch_words(frame));
         let mut result = Ok(());
         for block in blocks {
-            match self.intern(map, block) {
+            match self.intern(map, block, replaced.get(done).copied()) {
                 Ok(frame) => {
                     new[done] = frame;
                     holes += u64::from(frame == 0);
@@ -554,6 +563,22 @@ impl Engine {
         result
     }
 
+    /// The frames that a write will replace, as far as they can be known before it: a hint.
+    #[inline]
+    fn peek<'a>(&self, map: &Map, first: u64, blocks: usize, frames: &'a mut [u32; FANOUT]) -> &'a [u32] {
+        let (stripe, index) = place(first / LEAF_BLOCKS);
+        let at = (first % LEAF_BLOCKS) as usize;
+        let tree = map.stripes[stripe].0.read();
+        let leaf = if tree.check_open().is_ok() { self.leaf(&tree, index) } else { 0 };
+        if leaf == 0 {
+            return &[];
+        }
+        for (frame, entry) in frames.iter_mut().zip(&self.nodes.entries(leaf)[at..at + blocks]) {
+            *frame = entry.load(Relaxed);
+        }
+        &frames[..blocks]
+    }
+
     /// A part of one block: read, change and write under the lock, so that writers of other parts lose nothing.
     fn write_part(&self, map: &Map, number: u64, from: usize, data: &[u8]) -> Result<(), Refused> {
         self.change_block(map, number, |block| block[from..from + data.len()].copy_from_slice(data))
@@ -571,7 +596,7 @@ impl Engine {
             self.read_frame(frame, 0, &mut block)?;
         }
         change(&mut block);
-        let new = [self.intern(map, &block)?];
+        let new = [self.intern(map, &block, None)?];
         let mut old = [0];
         let result = self.exchange(map, &mut tree, (stripe, index), at, &new, &mut old);
         drop(tree);
@@ -877,12 +902,7 @@ impl Engine {
         Ok(())
     }
 
-    fn exchange_trees(
-        &self,
-        map: &Map,
-        locked: &mut [RwLockWriteGuard<'_, Tree>; STRIPES],
-        mut trees: Trees,
-    ) -> Trees {
+    fn exchange_trees(&self, map: &Map, locked: &mut [RwLockWriteGuard<'_, Tree>; STRIPES], mut trees: Trees) -> Trees {
         for (tree, new) in locked.iter_mut().zip(&mut trees.stripes) {
             std::mem::swap(&mut **tree, new);
         }

@@ -142,13 +142,7 @@ impl Directory {
             return self.header.try_clone();
         }
         let directory = if pages == PageKind::Huge { self.path.join("huge") } else { self.path.clone() };
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(directory.join(name))
+        OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(directory.join(name))
     }
 
     /// Takes everything away. What is mapped stays until it is unmapped, seen by nobody else.

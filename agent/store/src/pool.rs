@@ -120,7 +120,8 @@ pub(crate) struct PoolStats {
 impl Pool {
     /// `lent` has [`Pool::words`] words, all zero or what an earlier process left; then [`Pool::adopt`] comes next.
     pub(crate) fn new(capacity: u32, unit: Unit, lent: Words) -> Self {
-        let central = Central { kept: Vec::new(), returned: Vec::new(), hollow: Vec::new(), next: 1, purge_above: unit.keep };
+        let central =
+            Central { kept: Vec::new(), returned: Vec::new(), hollow: Vec::new(), next: 1, purge_above: unit.keep };
         Self { unit, capacity, caches: Default::default(), central: Mutex::new(central), purging: Mutex::new(()), lent }
     }
 
@@ -134,7 +135,11 @@ impl Pool {
         let words = self.lent.all();
         for granule in numbers.start / self.unit.granule..numbers.end.div_ceil(self.unit.granule) {
             let (word, bit) = (&words[BITS_AT + granule as usize / 32], 1 << (granule % 32));
-            if lent { word.fetch_or(bit, Relaxed) } else { word.fetch_and(!bit, Relaxed) };
+            if lent {
+                word.fetch_or(bit, Relaxed)
+            } else {
+                word.fetch_and(!bit, Relaxed)
+            };
         }
     }
 

@@ -41,9 +41,9 @@ use std::{
     },
 };
 
-use muster_common::{Digest, SnapshotId, VolumeId};
+use muster_common::{Digest, VolumeId};
 use parking_lot::Mutex;
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 use crate::{PageKind, arena::Words, memory::Memory};
 
@@ -102,12 +102,6 @@ pub(crate) struct Record {
     pub(crate) variant: Variant,
 }
 
-impl Record {
-    pub(crate) fn snapshot_id(&self) -> SnapshotId {
-        SnapshotId::from_uuid(self.id.uuid())
-    }
-}
-
 /// Why what lies there cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Unusable(pub(crate) String);
@@ -148,7 +142,7 @@ impl Records {
     fn checksum(&self) -> u32 {
         let words = self.header()[..7].iter().chain(&self.header()[8..16]);
         let bytes: Vec<u8> = words.flat_map(|word| word.load(Relaxed).to_le_bytes()).collect();
-        xxh3_64(&bytes) as u32
+        XxHash3_64::oneshot(&bytes) as u32
     }
 
     /// Writes the header of a new store.
@@ -268,6 +262,7 @@ impl Records {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn variant(&self, number: u32) -> Variant {
         let words = self.record(number);
         get_variant(&words[variant_at(words[2].load(Acquire))..])
@@ -341,7 +336,7 @@ fn put_variant(words: &[AtomicU32], variant: &Variant) {
 fn checksum(words: &[AtomicU32]) -> u32 {
     let fixed = words[1..2].iter().chain(&words[4..VARIANTS_AT]).chain(&words[LABEL_AT..LABEL_AT + LABEL / 4]);
     let bytes: Vec<u8> = fixed.flat_map(|word| word.load(Relaxed).to_le_bytes()).collect();
-    xxh3_64(&bytes) as u32
+    XxHash3_64::oneshot(&bytes) as u32
 }
 
 fn encode(words: &[AtomicU32], record: &Record) {

@@ -179,8 +179,7 @@ impl Inner {
     /// The domain of a tenant, made when it is new.
     fn domain(&self, tenant: Option<TenantId>) -> Result<Arc<Domain>, StoreError> {
         let tenant = tenant.map_or([0; 16], |tenant| *tenant.uuid().as_bytes());
-        let known =
-            |domains: &[Arc<Domain>]| domains.iter().find(|domain| domain.tenant == tenant).map(Arc::clone);
+        let known = |domains: &[Arc<Domain>]| domains.iter().find(|domain| domain.tenant == tenant).map(Arc::clone);
         if let Some(domain) = known(&self.engine.domains.read()) {
             return Ok(domain);
         }
@@ -207,10 +206,8 @@ impl Inner {
             if lack.frames == 0 && lack.nodes == 0 {
                 return Ok(());
             }
-            let mut frames: Vec<u32> =
-                (0..lack.frames.min(RESERVE_STEP)).map_while(|_| engine.take_frame()).collect();
-            let nodes: Vec<u32> =
-                (0..lack.nodes.min(RESERVE_STEP)).map_while(|_| engine.take_free_node()).collect();
+            let mut frames: Vec<u32> = (0..lack.frames.min(RESERVE_STEP)).map_while(|_| engine.take_frame()).collect();
+            let nodes: Vec<u32> = (0..lack.nodes.min(RESERVE_STEP)).map_while(|_| engine.take_free_node()).collect();
             let refused = frames.len() as u64 != lack.frames.min(RESERVE_STEP)
                 || nodes.len() as u64 != lack.nodes.min(RESERVE_STEP);
             frames.sort_unstable();
@@ -264,7 +261,8 @@ impl Inner {
             for (number, record) in records.iter().filter(|(_, record)| record.kind == kind) {
                 let Variant { top, size, policy, quota, reservation, generation } = record.variant;
                 let height = height_of(size);
-                let trees = self.engine.found_trees(size, top, |root| self.engine.mapped_below(root, height, &mut known));
+                let trees =
+                    self.engine.found_trees(size, top, |root| self.engine.mapped_below(root, height, &mut known));
                 let domain = self.engine.domains.read().get(usize::from(record.tenant)).map(Arc::clone);
                 let Some(domain) = domain else {
                     report.faults.push(format!("{} belongs to a tenant nobody knows", describe(record)));
@@ -305,7 +303,9 @@ impl Inner {
                             (origin, ..) => snapshots.get(&origin).cloned().map(Origin::Snapshot),
                         };
                         let Some(origin) = origin else {
-                            report.faults.push(format!("what {} was made from is lost, and so it is", describe(record)));
+                            report
+                                .faults
+                                .push(format!("what {} was made from is lost, and so it is", describe(record)));
                             continue;
                         };
                         let limit = |bytes| Some(ByteLen(bytes)).filter(|limit| *limit > ByteLen::ZERO);
@@ -496,7 +496,8 @@ impl Store {
         let spill = match &config.spill {
             None => None,
             Some(spill) => {
-                let failed = |source| StoreError::Memory { action: "open spill file", path: spill.file.clone(), source };
+                let failed =
+                    |source| StoreError::Memory { action: "open spill file", path: spill.file.clone(), source };
                 Some(Spill::open(spill, layout.frames, keep_spilled).map_err(failed)?)
             }
         };
@@ -537,8 +538,11 @@ impl Store {
         sticky: u32,
         start: Instant,
     ) -> Result<Result<(Store, AttachReport), (Memory, String)>, StoreError> {
-        let header = Records::reserve(&memory)
-            .map_err(|source| StoreError::Map { what: "records", size: config.budget, source })?;
+        let header = Records::reserve(&memory).map_err(|source| StoreError::Map {
+            what: "records",
+            size: config.budget,
+            source,
+        })?;
         let (found, key) = match header.look() {
             Ok(found) => found,
             Err(unusable) => return Ok(Err((memory, unusable.0))),
@@ -546,8 +550,11 @@ impl Store {
         drop(header);
         // the pages are what they were; room only grows
         let wanted = Self::layout(config, found.pages);
-        let layout =
-            Layout { pages: found.pages, frames: wanted.frames.max(found.frames), nodes: wanted.nodes.max(found.nodes) };
+        let layout = Layout {
+            pages: found.pages,
+            frames: wanted.frames.max(found.frames),
+            nodes: wanted.nodes.max(found.nodes),
+        };
         let inner = Arc::new(Self::reserve(config, memory, layout, key, sticky, true)?);
         inner.records.set_layout(layout);
         inner.engine.budget.charge_anyway(FIXED);
@@ -604,7 +611,8 @@ impl Store {
         if inner.images.read().contains_key(&digest) {
             return Err(StoreError::ImageExists(digest));
         }
-        let disk = self.blank(size.bytes(), Holder { domain: inner.domain(None)?, limits: Limits::default() }, false)?;
+        let disk =
+            self.blank(size.bytes(), Holder { domain: inner.domain(None)?, limits: Limits::default() }, false)?;
         ImageBuilder::new(inner, digest, name, disk)
     }
 
@@ -842,15 +850,15 @@ impl Store {
         let id = SnapshotId::random();
         let record = Self::snapshot_record(&kept, id, label, Some(of));
         kept.disk.note(&record)?;
-        let info =
-            SnapshotInfo { id, label: label.to_owned(), volume: of, size: kept.size(), kept_us: record.made_us };
+        let info = SnapshotInfo { id, label: label.to_owned(), volume: of, size: kept.size(), kept_us: record.made_us };
         inner.snapshots.write().insert(id, Kept { info: info.clone(), snapshot: kept });
         Ok(info)
     }
 
     /// All kept snapshots, oldest first.
     pub fn snapshots(&self) -> Vec<SnapshotInfo> {
-        let mut infos: Vec<SnapshotInfo> = self.inner().snapshots.read().values().map(|kept| kept.info.clone()).collect();
+        let mut infos: Vec<SnapshotInfo> =
+            self.inner().snapshots.read().values().map(|kept| kept.info.clone()).collect();
         infos.sort_by_key(|info| (info.kept_us, info.id));
         infos
     }

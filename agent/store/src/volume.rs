@@ -98,10 +98,7 @@ impl Volume {
                 variant.size = size.bytes();
             });
         };
-        inner
-            .engine
-            .grow(&self.disk.map, size.bytes(), note)
-            .map_err(|refused| inner.refused(&self.disk.map, refused))
+        inner.engine.grow(&self.disk.map, size.bytes(), note).map_err(|refused| inner.refused(&self.disk.map, refused))
     }
 
     /// Changes the quota of a volume that was made with one.
