@@ -393,8 +393,8 @@ mod tests {
         Record {
             kind: Kind::Volume,
             id: VolumeId::random(),
-            digest: (n % 2 == 0).then(|| Digest::from_bytes([n; 32])),
-            read_only: n % 3 == 0,
+            digest: n.is_multiple_of(2).then(|| Digest::from_bytes([n; 32])),
+            read_only: n.is_multiple_of(3),
             origin: u32::from(n),
             tenant: n,
             of: VolumeId::random(),
