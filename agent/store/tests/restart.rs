@@ -315,7 +315,7 @@ fn what_an_orderly_process_leaves_is_found_again_and_discarded() {
     };
     assert_eq!(&read(&*volume, 5000), b"after!");
     assert_eq!(&read(&*volume, 19 << 30), b"far aw");
-    assert_eq!(store.snapshots(), [kept.clone()]);
+    assert_eq!(store.snapshots(), std::slice::from_ref(&kept));
     let snapshot = store.snapshot(kept.id).unwrap();
     assert_eq!(&read(&snapshot, 5000), b"before");
     assert_eq!(volume.revert(&snapshot).unwrap(), 42);
