@@ -179,7 +179,7 @@ impl Agent {
             PageChoice::Thp => Pages::Transparent,
             PageChoice::Hugetlb => Pages::Huge,
         };
-        let store = Store::open(StoreConfig { budget: config.store.budget, pages })?;
+        let store = Store::open(StoreConfig { pages, ..StoreConfig::new(config.store.budget) })?;
         let registry = Arc::new(Registry::new());
         let catalog: Arc<dyn ExportCatalog> = registry.clone();
         let exports = NbdServer::start(NbdConfig::unix(config.export_socket()), catalog)?;

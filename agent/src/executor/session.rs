@@ -285,7 +285,7 @@ fn put(host: &Host, vm: VmId, disk: &DiskRecord, snapshot: &Snapshot) -> Result<
             // never offered in this generation: reverting makes it the next one
             let base = disk.image.filter(|image| store.image(image).is_some());
             let generation = disk.generation - 1;
-            let spec = VolumeSpec { id: disk.volume, generation, base, size: Some(disk.size), read_only: false };
+            let spec = VolumeSpec { generation, base, ..VolumeSpec::blank(disk.volume, disk.size) };
             store.create_volume(spec)?
         }
     };
