@@ -1,9 +1,10 @@
-//! Serves any [`BlockDevice`](muster_block::BlockDevice) over the NBD protocol (unix sockets and TCP).
+//! Serves any [`BlockDevice`](muster_block::BlockDevice): to local VMs as a virtio disk in shared memory
+//! ([`vhost`], the default), and to everybody over the NBD protocol (unix sockets and TCP; the rest of this page).
 //!
-//! Main types: [`NbdServer`] listens; a [`Registry`] (or any [`ExportCatalog`]) says what is offered; an [`Export`] is
-//! one device under one name with its sessions and [`ExportStatistics`]. Below them, without I/O: [`protocol`] (bytes),
-//! [`handshake`] (negotiation), [`transmission`] (what a request means). [`replay`] runs a whole connection over
-//! recorded bytes.
+//! Main types: [`VhostServer`](vhost::VhostServer) and [`NbdServer`] listen; a [`Registry`] (or any [`ExportCatalog`])
+//! says what is offered; an [`Export`] is one device under one name with its sessions, its [`Limits`] and
+//! [`ExportStatistics`]. Below them, without I/O: [`protocol`] (bytes), [`handshake`] (negotiation), [`transmission`]
+//! (what a request means). [`replay`] runs a whole connection over recorded bytes.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -39,7 +40,7 @@
 //!    device's flush.
 //! 8. Requests of one connection are answered in any order; a long read or trim does not hold up short ones behind it.
 //!
-//! Threads: `nbd-accept`, and `nbd-<n>` for each connection. Locks: see [`registry`].
+//! Threads: `nbd-accept`, and `nbd-<n>` for each connection; those of [`vhost`] are named there. Locks: see [`registry`].
 //!
 //! Deliberately not here: TLS and extended headers (later), any meaning of export names, retries, caching, ordering
 //! between requests in flight. TCP is unprotected and meant for trusted networks and tests until TLS is here.
@@ -53,11 +54,14 @@ pub mod registry;
 mod server;
 mod session;
 pub mod statistics;
+mod throttle;
 pub mod transmission;
 mod transport;
+pub mod vhost;
 
 pub use connection::replay;
 pub use handshake::{HandshakeLimits, Offer, Refusal};
 pub use registry::{Export, ExportCatalog, Peer, Registry, RegistryError};
 pub use server::{Listen, NbdConfig, NbdServer, ServerError};
 pub use statistics::{ExportStatistics, Operation, OperationStatistics};
+pub use throttle::Limits;
