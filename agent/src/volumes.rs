@@ -70,7 +70,7 @@ impl Volumes {
             generation: disk.generation,
             base: disk.image,
             size: Some(disk.size),
-            read_only: false,
+            read_only: disk.is_read_only(),
         };
         self.store.create_volume(spec).map_err(|source| VolumeError::Make { volume: disk.volume, source })
     }

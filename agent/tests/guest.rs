@@ -138,6 +138,7 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
         vcpus: 1,
         memory_bytes: 256 << 20,
         data_volume_bytes: Some(64 << 20),
+        applications: Vec::new(),
         boot: BootSpec {
             kernel: Some(blob("vmlinuz")),
             initrd: Some(blob("initramfs")),

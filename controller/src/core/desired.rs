@@ -173,6 +173,7 @@ impl Core {
             vcpus: template.vcpus,
             memory_bytes: template.memory.0,
             data_volume_bytes: template.data_volume.map(ByteLen::bytes),
+            applications: Vec::new(),
             boot: BootSpec { kernel: kernel.map(|d| d.to_string()), initrd: initrd.map(|d| d.to_string()), cmdline },
             bridge: match &template.network {
                 NetworkMode::None => None,
