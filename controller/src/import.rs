@@ -1,6 +1,6 @@
 //! Imports: from an image file to chunks in the repository and a record in the database.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{ops::ControlFlow, path::PathBuf, sync::Arc};
 
 use muster_api::{BootFiles, Estimate, ImageFormat};
 use muster_common::{ByteLen, Digest, ErrorCode};
@@ -80,7 +80,8 @@ pub async fn run(import: Import, repository: Repository, core: Handle, work: Wor
     work.end(result);
 }
 
-async fn record(
+/// Records an image whose bytes are in the repository; they go again when it is refused.
+pub async fn record(
     image: StoredImage,
     new_revision: bool,
     repository: &Repository,
@@ -182,7 +183,7 @@ pub async fn tidy(repository: Repository, core: Handle) {
     }
 }
 
-fn reference_of(digest: &Digest) -> String {
+pub fn reference_of(digest: &Digest) -> String {
     format!("image.{digest}")
 }
 
@@ -228,17 +229,37 @@ fn ingest(import: &Import, repository: &Repository, work: &Work) -> Result<Store
         boot,
         imported_at_us: import.now_us,
         version: 1,
+        parent: None,
+        origin: String::new(),
     })
 }
 
-/// What a file would take in memory. Reads all of it.
-pub async fn estimate(path: PathBuf, format: ImageFormat) -> Result<Estimate, Refusal> {
+/// What a file would take in memory, alone and beside other images. Reads all of it, and all of them.
+pub async fn estimate(
+    path: PathBuf,
+    format: ImageFormat,
+    beside: Vec<StoredImage>,
+    repository: Repository,
+) -> Result<Estimate, Refusal> {
     let estimated = tokio::task::spawn_blocking(move || {
+        let go = &mut |_| ControlFlow::Continue(());
         let source = source::open_image(&path, source_format(format))?;
-        let estimate = Estimator::new().add(&*source, &mut |_| ControlFlow::Continue(()))?;
+        let alone = Estimator::new().add_beside(&*source, &repository, go)?;
+        let added = if beside.is_empty() {
+            alone.unknown
+        } else {
+            let mut estimator = Estimator::new();
+            for image in &beside {
+                estimator.add(&repository.reader(Arc::new(repository.manifest(&image.digest)?)), go)?;
+            }
+            estimator.add(&*source, go)?.added
+        };
         Ok::<_, Refusal>(Estimate {
-            logical_bytes: estimate.logical.0,
-            resident_bytes: estimate.resident.0,
+            logical_bytes: alone.estimate.logical.0,
+            resident_bytes: alone.estimate.resident.0,
+            added_bytes: Some(added.0),
+            beside: beside.iter().map(StoredImage::full_name).collect(),
+            new_bytes: Some(alone.new_bytes.0),
             too_large_for: Vec::new(),
         })
     })
