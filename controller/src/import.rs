@@ -5,7 +5,7 @@ use std::{ops::ControlFlow, path::PathBuf, sync::Arc};
 use muster_api::{BootFiles, Estimate, ImageFormat};
 use muster_common::{ByteLen, Digest, ErrorCode};
 use muster_repository::{
-    IngestOptions, Progress, Repository,
+    Defect, IngestOptions, Progress, Repository,
     estimate::Estimator,
     source::{self},
 };
@@ -120,22 +120,33 @@ pub async fn verify(image: StoredImage, repository: Repository, work: Work) {
 }
 
 fn read_back(image: &StoredImage, repository: &Repository, work: &Work) -> Result<serde_json::Value, Refusal> {
-    let manifest = repository.manifest(&image.digest)?;
-    let (total, mut done) = (manifest.chunk_count(), 0);
-    for chunk in manifest.chunks() {
-        repository.read_chunk(&chunk.digest)?;
-        done += 1;
-        if done % (total / 100).max(1) == 0 {
-            work.progress("verifying", done, total);
+    let mut shown = 0;
+    let report = repository.verify(&image.digest, &mut |at: Progress| {
+        if at.done.0 >= shown || at.done == at.total {
+            shown = at.done.0 + at.total.0 / 100;
+            work.progress("verifying", at.done.0, at.total.0);
         }
-        if !work.is_wanted() {
-            return Err(Refusal::new(ErrorCode::Unavailable, "the controller is shutting down"));
-        }
+        if work.is_wanted() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    if let Some(first) = report.bad.first() {
+        let defect = match &first.defect {
+            Defect::Missing => "is missing",
+            Defect::Damaged => "is damaged",
+            Defect::Unreadable(reason) => reason.as_str(),
+        };
+        let detail = format!(
+            "image {} is not whole: {} of its chunks are bad, the first at offset {} {defect}; \
+             importing the same content again repairs them",
+            image.full_name(),
+            report.bad.len(),
+            first.offset
+        );
+        return Err(Refusal::new(ErrorCode::Corrupt, detail));
     }
     for file in [image.boot.kernel, image.boot.initrd].into_iter().flatten() {
         repository.blob(&file)?;
     }
-    Ok(serde_json::json!({ "digest": image.digest, "chunks": total }))
+    Ok(serde_json::json!({ "digest": image.digest, "chunks": report.chunks, "bytes": report.bytes }))
 }
 
 /// Takes an image's reference away and removes what nothing else uses, unless the content stands (again, or under another

@@ -557,3 +557,34 @@ async fn a_commit_that_cannot_be_is_refused_by_what_is_wrong() {
     assert!(c.image("new").await.is_err());
     fleet.controller.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_image_is_found_by_name_of_place_and_healed_by_its_own_content() {
+    let fleet = Fleet::start(1).await;
+    fleet.template().await;
+    let c = &fleet.client;
+    let packs = fleet.dir.path().join("state/repository/packs");
+    let pack = std::fs::read_dir(packs).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&pack).unwrap();
+    // within the first chunk: the pack's head has 32 bytes
+    bytes[100] ^= 1;
+    std::fs::write(&pack, bytes).unwrap();
+    let job = follow(&fleet, c.verify_image("debian").await.unwrap()).await;
+    assert_eq!((job.state, code(&job)), (JobState::Failed, "corrupt"));
+    let detail = job.problem.unwrap().detail;
+    assert!(detail.contains("1 of its chunks are bad, the first at offset 0 is damaged"), "{detail}");
+    let mut export = c.export_image("debian", ExportFormat::Raw).await.unwrap();
+    let broken = loop {
+        match export.next().await {
+            Ok(Some(_)) => {}
+            Ok(None) => break false,
+            Err(_) => break true,
+        }
+    };
+    assert!(broken, "a damaged image is not given out as a whole one");
+    let again = c.import_image_by_path(&import("again", &fleet.dir.path().join("disk.raw"))).await.unwrap();
+    assert_eq!(code(&follow(&fleet, again).await), "already-exists");
+    let job = follow(&fleet, c.verify_image("debian").await.unwrap()).await;
+    assert_eq!(code(&job), "ok", "{:?}", job.problem);
+    fleet.controller.shutdown().await;
+}

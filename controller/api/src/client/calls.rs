@@ -180,7 +180,7 @@ impl Client {
     pub async fn delete_image(&self, image: &str) -> Answer<()> {
         self.request(Method::DELETE, &format!("/images/{}", segment(image))).done().await
     }
-    /// Reads every chunk of an image back and checks it; the job's result is `{"chunks": n}`.
+    /// Reads every chunk of an image back and checks it; the job's result is `{"chunks": n, "bytes": n}`.
     pub async fn verify_image(&self, image: &str) -> Answer<Job> {
         self.post(&format!("/images/{}/verify", segment(image))).read().await
     }
