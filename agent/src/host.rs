@@ -106,7 +106,7 @@ impl Host {
                 target: disk.target.clone(),
                 export_socket: socket.clone(),
                 export_name: disk.export_name(),
-                read_only: false,
+                read_only: disk.is_read_only(),
                 serial: Some(disk.volume.uuid().simple().to_string()[..20].to_string()),
             })
             .collect();

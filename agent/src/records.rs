@@ -22,6 +22,8 @@ const VERSION: u32 = 1;
 pub enum DiskRole {
     System,
     Data,
+    /// A read-only clone of an image: nothing in it is the VM's own, so it is neither snapshot nor backed up.
+    Application,
 }
 
 impl DiskRole {
@@ -29,6 +31,7 @@ impl DiskRole {
         match self {
             Self::System => "system",
             Self::Data => "data",
+            Self::Application => "application",
         }
     }
 }
@@ -36,7 +39,7 @@ impl DiskRole {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiskRecord {
     pub role: DiskRole,
-    /// `vda`, `vdb`.
+    /// `vda`, `vdb`; applications from `vdc` on.
     pub target: String,
     pub volume: VolumeId,
     /// Written here before a volume of this generation exists: no generation is ever used for two contents.
@@ -47,6 +50,10 @@ pub struct DiskRecord {
 }
 
 impl DiskRecord {
+    pub fn is_read_only(&self) -> bool {
+        self.role == DiskRole::Application
+    }
+
     /// Export names are by volume and generation, never by a VM's name.
     pub fn export_name(&self) -> String {
         format!("{}.{}", self.volume, self.generation)
@@ -66,6 +73,15 @@ pub struct VmRecord {
 impl VmRecord {
     pub fn new(vm: VmId, name: String, template: TemplateSpec, disks: Vec<DiskRecord>, now_us: u64) -> Self {
         Self { version: VERSION, vm, name, template, disks, created_at_us: now_us }
+    }
+
+    /// Disks that hold something of the VM's own.
+    pub fn own_disks(&self) -> impl Iterator<Item = &DiskRecord> {
+        self.disks.iter().filter(|d| !d.is_read_only())
+    }
+
+    pub fn applications(&self) -> impl Iterator<Item = &DiskRecord> {
+        self.disks.iter().filter(|d| d.is_read_only())
     }
 
     pub fn disk(&self, role: DiskRole) -> Option<&DiskRecord> {
@@ -174,6 +190,7 @@ pub(crate) mod tests {
             vcpus: 1,
             memory_bytes: 256 << 20,
             data_volume_bytes: Some(64 << 20),
+            applications: Vec::new(),
             boot: Default::default(),
             bridge: None,
         }
@@ -190,6 +207,19 @@ pub(crate) mod tests {
         };
         let disks = vec![disk(DiskRole::System, "vda"), disk(DiskRole::Data, "vdb")];
         VmRecord::new(VmId::random(), name.into(), template("x"), disks, 1)
+    }
+
+    #[test]
+    fn a_record_written_before_there_were_applications_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = record("old");
+        let mut value = serde_json::to_value(&old).unwrap();
+        assert!(value["template"].get("applications").is_none(), "a template without any is written as before");
+        value["template"]["later"] = 1.into();
+        fs::create_dir_all(dir.path().join("vms")).unwrap();
+        fs::write(dir.path().join("vms/old.json"), value.to_string()).unwrap();
+        let (_, good, bad) = Records::open(dir.path()).unwrap();
+        assert_eq!((good, bad.len()), (vec![old], 0));
     }
 
     #[test]

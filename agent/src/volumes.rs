@@ -65,8 +65,12 @@ pub struct Volumes {
 impl Volumes {
     /// Makes what a disk says: a clone of its image or blank. Not offered yet.
     pub fn make(&self, disk: &DiskRecord) -> Result<Arc<Volume>, VolumeError> {
-        let spec =
-            VolumeSpec { generation: disk.generation, base: disk.image, ..VolumeSpec::blank(disk.volume, disk.size) };
+        let spec = VolumeSpec {
+            generation: disk.generation,
+            base: disk.image,
+            read_only: disk.is_read_only(),
+            ..VolumeSpec::blank(disk.volume, disk.size)
+        };
         self.store.create_volume(spec).map_err(|source| VolumeError::Make { volume: disk.volume, source })
     }
 

@@ -15,7 +15,7 @@ use std::{
 use muster_agent::{Agent, Deps, Stop};
 use muster_common::ByteLen;
 use muster_idl::{
-    arguments::{BackupResult, BootSpec, ExecResult, TemplateSpec},
+    arguments::{ApplicationSpec, BackupResult, BootSpec, ExecResult, TemplateSpec},
     v1::{Member, Outcome, Verb, Verdict},
 };
 use muster_repository::source::{ImageFormat, open_image};
@@ -85,7 +85,10 @@ impl World {
         }
     }
     async fn read(&mut self, path: &str) -> (i32, String) {
-        let argv = serde_json::to_string(&["cat", path]).unwrap();
+        self.output(&["cat", path]).await
+    }
+    async fn output(&mut self, argv: &[&str]) -> (i32, String) {
+        let argv = serde_json::to_string(argv).unwrap();
         let verdict = self.done(Verb::Exec, &[("argv", &argv)]).await;
         let result: ExecResult = serde_json::from_str(&verdict.result).unwrap();
         (result.exit_status, result.stdout)
@@ -130,6 +133,9 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     let go_on = &mut |_| std::ops::ControlFlow::Continue(());
     let image = session.ingest(&*source, &Default::default(), go_on).unwrap().digest;
     session.publish("image", b"x").unwrap();
+    let mut application = b"muster application\n".to_vec();
+    application.resize(1 << 20, b'.');
+    let application = depot.import(application);
     let blob = |name: &str| depot.repository.put_blob(&std::fs::read(images.join(name)).unwrap()).unwrap().to_string();
     let spec = TemplateSpec {
         name: "desk".into(),
@@ -138,6 +144,7 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
         vcpus: 1,
         memory_bytes: 256 << 20,
         data_volume_bytes: Some(64 << 20),
+        applications: vec![ApplicationSpec { image: application.to_string(), image_name: "tools".into() }],
         boot: BootSpec {
             kernel: Some(blob("vmlinuz")),
             initrd: Some(blob("initramfs")),
@@ -171,6 +178,11 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     assert_eq!(w.read("/etc/hostname").await.0, 0);
     let (_, name) = w.read("/proc/sys/kernel/hostname").await;
     assert_eq!(name.trim(), "desk-1");
+
+    // an application is a disk of its own, which nobody can write to
+    assert_eq!(w.read("/sys/block/vdc/ro").await, (0, "1\n".into()));
+    assert_eq!(w.output(&["head", "-n1", "/dev/vdc"]).await, (0, "muster application\n".into()));
+    assert_ne!(w.output(&["dd", "if=/dev/zero", "of=/dev/vdc", "bs=4096", "count=1", "conv=fsync"]).await.0, 0);
 
     // step 6 of the demonstration
     w.done(Verb::FileWrite, &[("path", "/etc/muster-note"), ("content", "c3lzdGVt")]).await;
@@ -231,6 +243,7 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     w.done(Verb::ResetSession, &[]).await;
     w.guest_up().await;
     assert_eq!(w.read("/home/muster-note").await, (0, "data".into()), "from the backup");
+    assert_eq!(w.output(&["head", "-n1", "/dev/vdc"]).await, (0, "muster application\n".into()));
 
     let (agent, refused) = agent.stop(Stop::Orderly).await.unwrap_err();
     assert_eq!(refused.vms, ["desk 1"]);

@@ -30,6 +30,10 @@ impl Work {
         }
         self.fetch_boot_files(&template).await?;
         let (image, _) = self.ensure_image(template.image, &template.spec.image_name).await?;
+        let mut applications = Vec::new();
+        for (digest, name) in &template.applications {
+            applications.push(self.ensure_image(*digest, name).await?.0);
+        }
         let mut disks = vec![DiskRecord {
             role: DiskRole::System,
             target: "vda".into(),
@@ -46,6 +50,16 @@ impl Work {
                 generation: 1,
                 size,
                 image: None,
+            });
+        }
+        for (n, application) in applications.iter().enumerate() {
+            disks.push(DiskRecord {
+                role: DiskRole::Application,
+                target: arguments::application_target(n),
+                volume: VolumeId::random(),
+                generation: 1,
+                size: application.size(),
+                image: Some(application.digest()),
             });
         }
         let record = VmRecord::new(vm, name, template.spec.clone(), disks, self.host.now_us());
