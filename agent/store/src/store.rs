@@ -598,7 +598,7 @@ impl Store {
         &self.owner.inner
     }
 
-    fn engine(&self) -> &Engine {
+    pub(crate) fn engine(&self) -> &Engine {
         &self.owner.inner.engine
     }
 
