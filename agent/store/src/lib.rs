@@ -90,7 +90,7 @@ pub use attach::AttachReport;
 pub use config::{PageKind, Pages, SpillConfig, StoreConfig, VolumeSpec, WhenFull};
 pub use error::StoreError;
 pub use image::{Image, ImageBuilder};
-pub use scrub::{Damage, Place, ScrubStep};
+pub use scrub::{Bring, Damage, Place, ScrubStep};
 pub use stats::{AuditReport, ImageInfo, SnapshotInfo, StoreStats, VerifyReport, VolumeStats};
 pub use store::{Attached, Store};
 pub use volume::{Snapshot, Volume};

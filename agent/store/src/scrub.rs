@@ -30,6 +30,9 @@ pub struct Damage {
     pub repaired: bool,
 }
 
+/// Asks somebody for the block that belongs at these places.
+pub type Bring<'a> = dyn FnMut(&[Place]) -> Option<Box<[u8; BLOCK]>> + 'a;
+
 /// What one call looked at.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScrubStep {
@@ -44,12 +47,7 @@ impl Store {
     /// Looks at frames from `from` on (0: from the start) until `blocks` were hashed or the last one is reached. For each
     /// damaged one, `bring` is asked for the block that belongs at one of its places, with no lock held. Frames found damaged
     /// before are tried again.
-    pub fn scrub(
-        &self,
-        from: u32,
-        blocks: u64,
-        bring: &mut dyn FnMut(&[Place]) -> Option<Box<[u8; BLOCK]>>,
-    ) -> ScrubStep {
+    pub fn scrub(&self, from: u32, blocks: u64, bring: &mut Bring<'_>) -> ScrubStep {
         let frames = &self.engine().frames;
         let last = frames.pool.stats().next;
         let mut step = ScrubStep { next: from.max(1), ..ScrubStep::default() };
@@ -184,7 +182,7 @@ mod tests {
         store.engine().frames.flip_a_bit(found);
     }
 
-    fn scrub_all(store: &Store, bring: &mut dyn FnMut(&[Place]) -> Option<Box<[u8; BLOCK]>>) -> (u64, Vec<Damage>) {
+    fn scrub_all(store: &Store, bring: &mut Bring<'_>) -> (u64, Vec<Damage>) {
         let (mut from, mut blocks, mut damage) = (0, 0, Vec::new());
         loop {
             let step = store.scrub(from, 17, bring);
