@@ -622,6 +622,47 @@ fn a_guest_that_scribbles_over_its_rings_disturbs_nobody_else() {
 }
 
 #[test]
+fn a_frontend_that_talks_nonsense_is_turned_away_and_the_next_one_served() {
+    use std::io::{Read, Write};
+    let served = Served::new(memory(ByteLen::mib(1)));
+    let message = |code: u32, flags: u32, body: &[u8]| -> Vec<u8> {
+        let header = [code, flags, body.len() as u32].map(u32::to_ne_bytes).concat();
+        [header, body.to_vec()].concat()
+    };
+    let long = |value: u64| value.to_ne_bytes();
+    let ring = |index: u32, value: u32| [index.to_ne_bytes(), value.to_ne_bytes()].concat();
+    let nonsense: Vec<Vec<u8>> = vec![
+        vec![0xff; 4096],
+        vec![1, 0],
+        message(1, 1, &[]).into_iter().take(7).collect(),
+        message(21, 1, &[]),
+        message(2, 1, &long(u64::MAX)),
+        message(8, 1, &ring(0, 3)),
+        message(8, 1, &ring(0, 1 << 20)),
+        message(8, 1, &ring(1000, 128)),
+        message(12, 1, &long(0x100)),
+        message(12, 1, &long(0x1ff)),
+        message(11, 1, &ring(999, 0)),
+        message(9, 1, &[7; 40]),
+        message(5, 1, &[0; 8]),
+        message(31, 1, &[0; 24]),
+        message(32, 1, &[0xff; 24]),
+    ];
+    for bytes in nonsense {
+        let mut stream = std::os::unix::net::UnixStream::connect(&served.socket).unwrap();
+        stream.set_read_timeout(Some(GRACE)).unwrap();
+        let _ = stream.write_all(&bytes);
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut rest = Vec::new();
+        let end = stream.read_to_end(&mut rest);
+        assert!(end.is_ok_and(|read| read == 0) || rest.is_empty(), "{bytes:02x?}");
+    }
+    let client = served.connect(Options::default());
+    assert_eq!(client.queues[0].lock().write(0, &[1; 512]), OK);
+    assert!(!served.registry.get(NAME).unwrap().is_fenced());
+}
+
+#[test]
 fn requests_in_flight_when_a_connection_is_lost_are_done_on_the_next_one() {
     let device = Puppet::new(ByteLen::mib(1));
     let served = Served::new(device.clone());
@@ -779,7 +820,9 @@ fn killing_the_server_again_and_again_under_load_loses_no_write_and_gives_no_err
     for kill in 0..=KILLS {
         let last = kill == KILLS;
         let until = answered + 500 + random.below(3000);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
+            assert!(Instant::now() < deadline, "after {kill} kills: {pending:?} are not answered");
             for (index, queue) in queues.iter().enumerate() {
                 let mut driver = queue.lock();
                 while let Some(done) = driver.take() {
