@@ -158,6 +158,26 @@ fn a_desktop_becomes_an_image_and_a_file_and_is_never_taken_for_something_else()
     fleet.json(&["image", "export", "golden@1", qcow2_text, "--format", "qcow2", "--force"]);
     run(&qemu_img, &["check", "-q", "-f", "qcow2", qcow2_text]);
     run(&qemu_img, &["compare", "-q", "-f", "qcow2", "-F", "raw", qcow2_text, raw_text]);
+    // a disk that does not hold it: said as such, and nothing is left (the mount goes with its namespace)
+    let Some(unshare) = tool("unshare", "util-linux") else { return };
+    let tiny = fleet.dir().join("tiny");
+    std::fs::create_dir(&tiny).unwrap();
+    let script = "mount -t tmpfs -o size=1m tmpfs \"$1\" || exit 77; d=$1; shift; \"$@\"; s=$?; ls -A \"$d\"; exit $s";
+    let full = Command::new(unshare)
+        .args(["--map-root-user", "--mount", "sh", "-c", script, "sh"])
+        .arg(&tiny)
+        .arg(muster_tests::program("muster"))
+        .arg("--connect")
+        .arg(fleet.socket())
+        .args(["image", "export", "golden"])
+        .arg(tiny.join("disk.raw"))
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&full.stderr);
+    assert_eq!(full.status.code(), Some(2), "{text}");
+    assert!(text.contains("export golden@1") && text.contains("No space left on device"), "{text}");
+    assert_eq!(String::from_utf8_lossy(&full.stdout), "", "a part of it was left");
+
     let left = std::fs::read_dir(fleet.dir())
         .unwrap()
         .filter(|e| e.as_ref().unwrap().file_name().to_string_lossy().ends_with(".part"));
