@@ -49,6 +49,8 @@ mod images;
 mod inventory;
 pub mod ledger;
 mod machines;
+mod memory;
+mod mend;
 mod observer;
 pub mod presence;
 pub mod records;
@@ -59,6 +61,7 @@ pub mod supervise;
 mod telemetry;
 mod voice;
 mod volumes;
+mod watermark;
 
 pub use config::Config;
 pub use stop::{Stop, StopRefused};
