@@ -71,6 +71,9 @@ pub struct StoreSection {
     pub budget: ByteLen,
     #[serde(default)]
     pub pages: PageChoice,
+    /// The store's memory outlives the process.
+    #[serde(default = "yes")]
+    pub survive: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -277,7 +280,7 @@ impl Config {
             run_dir: run_dir.into(),
             force_stop: false,
             parallel_commands: default_parallel(),
-            store: StoreSection { budget, pages: PageChoice::Auto },
+            store: StoreSection { budget, pages: PageChoice::Auto, survive: false },
             export: ExportSection::default(),
             hypervisor: HypervisorSection { uri: "none".into(), ..HypervisorSection::default() },
             stream: StreamSection { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None },
@@ -337,6 +340,11 @@ impl Config {
     /// The one NBD socket.
     pub fn export_socket(&self) -> PathBuf {
         self.run_dir.join("nbd.sock")
+    }
+
+    /// Where the store's memory lies, so that it outlives the process.
+    pub fn store_directory(&self) -> PathBuf {
+        self.run_dir.join("store")
     }
 
     /// Where the vhost-user sockets are, one for each disk. 37 bytes and the generation follow: run_dir may have 44, a

@@ -111,7 +111,8 @@ impl Host {
                 Ok(DiskSpec {
                     target: disk.target.clone(),
                     transport: self.disk_transport(disk)?,
-                    read_only: false,
+                    // over vhost-user the export says so
+                    read_only: disk.is_read_only(),
                     // what a vhost-user export says of itself, too
                     serial: Some(disk.volume.uuid().simple().to_string()[..20].to_string()),
                 })

@@ -38,6 +38,7 @@ pub mod accounting;
 mod aftercare;
 pub mod arguments;
 mod boot;
+mod chunks;
 pub mod config;
 pub mod control;
 pub mod dispatcher;

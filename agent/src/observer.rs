@@ -33,6 +33,7 @@ pub async fn watch_states(host: Arc<Host>, stop: CancellationToken) {
             _ = tick.tick() => {}
             () = host.inventory.look.notified() => {}
         }
+        host.inventory.drop_idle_snapshots(host.now_us());
         if host.machines.missing().is_some() {
             continue;
         }

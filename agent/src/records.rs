@@ -23,6 +23,8 @@ const VERSION: u32 = 1;
 pub enum DiskRole {
     System,
     Data,
+    /// A read-only clone of an image: nothing in it is the VM's own, so it is neither snapshot nor backed up.
+    Application,
 }
 
 impl DiskRole {
@@ -30,6 +32,7 @@ impl DiskRole {
         match self {
             Self::System => "system",
             Self::Data => "data",
+            Self::Application => "application",
         }
     }
 }
@@ -58,7 +61,7 @@ pub enum PausedBy {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiskRecord {
     pub role: DiskRole,
-    /// `vda`, `vdb`.
+    /// `vda`, `vdb`; applications from `vdc` on.
     pub target: String,
     pub volume: VolumeId,
     /// Written here before a volume of this generation exists: no generation is ever used for two contents.
@@ -71,6 +74,10 @@ pub struct DiskRecord {
 }
 
 impl DiskRecord {
+    pub fn is_read_only(&self) -> bool {
+        self.role == DiskRole::Application
+    }
+
     /// Export names are by volume and generation, never by a VM's name.
     pub fn export_name(&self) -> String {
         format!("{}.{}", self.volume, self.generation)
@@ -92,6 +99,15 @@ pub struct VmRecord {
 impl VmRecord {
     pub fn new(vm: VmId, name: String, template: TemplateSpec, disks: Vec<DiskRecord>, now_us: u64) -> Self {
         Self { version: VERSION, vm, name, template, disks, created_at_us: now_us, paused_by: None }
+    }
+
+    /// Disks that hold something of the VM's own.
+    pub fn own_disks(&self) -> impl Iterator<Item = &DiskRecord> {
+        self.disks.iter().filter(|d| !d.is_read_only())
+    }
+
+    pub fn applications(&self) -> impl Iterator<Item = &DiskRecord> {
+        self.disks.iter().filter(|d| d.is_read_only())
     }
 
     pub fn disk(&self, role: DiskRole) -> Option<&DiskRecord> {
@@ -200,6 +216,7 @@ pub(crate) mod tests {
             vcpus: 1,
             memory_bytes: 256 << 20,
             data_volume_bytes: Some(64 << 20),
+            applications: Vec::new(),
             boot: Default::default(),
             bridge: None,
         }
@@ -233,6 +250,19 @@ pub(crate) mod tests {
         value.as_object_mut().unwrap().remove("paused_by");
         let old: VmRecord = serde_json::from_value(value).unwrap();
         assert_eq!((old.disks[0].transport, old.paused_by), (Transport::Nbd, None));
+    }
+
+    #[test]
+    fn a_record_written_before_there_were_applications_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = record("old");
+        let mut value = serde_json::to_value(&old).unwrap();
+        assert!(value["template"].get("applications").is_none(), "a template without any is written as before");
+        value["template"]["later"] = 1.into();
+        fs::create_dir_all(dir.path().join("vms")).unwrap();
+        fs::write(dir.path().join("vms/old.json"), value.to_string()).unwrap();
+        let (_, good, bad) = Records::open(dir.path()).unwrap();
+        assert_eq!((good, bad.len()), (vec![old], 0));
     }
 
     #[test]

@@ -26,7 +26,7 @@ use muster_export::{
     vhost::{VhostConfig, VhostError, VhostServer},
 };
 use muster_idl::v1::Severity;
-use muster_store::{Store, StoreError};
+use muster_store::{Attached, Store, StoreError};
 use muster_virt::{DomainState, Hypervisor, Lane};
 use parking_lot::Mutex;
 use tokio::{
@@ -47,7 +47,7 @@ use crate::{
     inventory::{Entry, Inventory, is_lost},
     ledger::{Ledger, LedgerError},
     machines::Machines,
-    memory::{self, Attached, Memory},
+    memory::{self, Fate, Memory},
     mend, observer,
     presence::Presence,
     records::{RecordError, Records, VmRecord},
@@ -257,12 +257,13 @@ impl Agent {
         });
         adopt(&host, known, unreadable.is_empty()).await;
         match attached {
-            Attached::Fresh(why) => tracing::info!(reason = why, "the store begins empty"),
-            Attached::Warm(took) => {
+            Attached::Fresh(None) => {}
+            Attached::Fresh(Some(why)) => tracing::warn!(reason = why, "what an earlier run left cannot be used"),
+            Attached::Warm(report) => {
                 let stats = host.volumes.store.stats();
                 let text =
                     format!("{} volumes and {} images are as the earlier run left them", stats.volumes, stats.images);
-                tracing::info!(took_ms = took.as_millis() as u64, "{text}");
+                tracing::info!(took_ms = report.took.as_millis() as u64, "{text}");
                 host.voice.event(Severity::Info, "store-attached", text, About::default());
             }
         }
@@ -456,6 +457,9 @@ impl Agent {
         // 8
         if ending == Ending::GiveBack {
             host.boot_files.leave();
+            if host.store_fate == Fate::Stays {
+                host.volumes.store.clone().discard();
+            }
         }
         // another agent may be coming up on it: only a dead socket's file is in its way, and it replaces that
         let _ = std::fs::remove_file(host.config.control_socket());

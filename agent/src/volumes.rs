@@ -83,11 +83,10 @@ impl Volumes {
     /// Makes what a disk says: a clone of its image or blank. Not offered yet.
     pub fn make(&self, disk: &DiskRecord) -> Result<Arc<Volume>, VolumeError> {
         let spec = VolumeSpec {
-            id: disk.volume,
             generation: disk.generation,
             base: disk.image,
-            size: Some(disk.size),
-            read_only: false,
+            read_only: disk.is_read_only(),
+            ..VolumeSpec::blank(disk.volume, disk.size)
         };
         self.store.create_volume(spec).map_err(|source| VolumeError::Make { volume: disk.volume, source })
     }

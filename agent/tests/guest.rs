@@ -54,7 +54,10 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     muster_common::logging::init(muster_common::logging::LogFormat::Text);
     let network = network(1);
     let depot = Depot::start().await;
-    let template = desk_template(&depot, &images, Some(ByteLen::mib(64)));
+    let mut application = b"muster application\n".to_vec();
+    application.resize(1 << 20, b'.');
+    let application = depot.import(application);
+    let template = desk_template(&depot, &images, Some(ByteLen::mib(64)), &[application]);
 
     let place = Place::new(1);
     let mut config = place.config();
@@ -77,6 +80,11 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     assert_eq!(w.read("/etc/hostname").await.0, 0);
     let (_, name) = w.read("/proc/sys/kernel/hostname").await;
     assert_eq!(name.trim(), "desk-1");
+
+    // an application is a disk of its own, which nobody can write to
+    assert_eq!(w.read("/sys/block/vdc/ro").await, (0, "1\n".into()));
+    assert_eq!(w.exec(&["head", "-n1", "/dev/vdc"]).await, (0, "muster application\n".into()));
+    assert_ne!(w.exec(&["dd", "if=/dev/zero", "of=/dev/vdc", "bs=4096", "count=1", "conv=fsync"]).await.0, 0);
 
     // step 6 of the demonstration
     w.done(Verb::FileWrite, &[("path", "/etc/muster-note"), ("content", "c3lzdGVt")]).await;
@@ -137,6 +145,7 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     w.done(Verb::ResetSession, &[]).await;
     w.guest_up().await;
     assert_eq!(w.read("/home/muster-note").await, (0, "data".into()), "from the backup");
+    assert_eq!(w.exec(&["head", "-n1", "/dev/vdc"]).await, (0, "muster application\n".into()));
 
     let (agent, refused) = agent.stop(Stop::Orderly).await.unwrap_err();
     assert_eq!(refused.vms, ["desk 1"]);

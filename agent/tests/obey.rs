@@ -840,3 +840,30 @@ async fn a_stop_that_keeps_leaves_everything_and_is_refused_where_nothing_would_
     let (_, refused) = o.agent.stop(Stop::Keep).await.unwrap_err();
     assert!(refused.to_string().contains("cannot be kept"), "{refused}");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_survives_is_attached_by_the_next_run_and_given_back_by_an_orderly_stop() {
+    let place = Place::new(46);
+    let (mut config, hypervisor) = (place.config(), place.hypervisor.clone());
+    // in memory, so that nothing has to be mounted
+    let memory = tempfile::Builder::new().prefix("ma").tempdir_in("/dev/shm").unwrap();
+    config.run_dir = memory.path().join("r");
+    config.store.survive = true;
+    let mut o = one_on(46, place, config.clone(), hypervisor.clone()).await;
+    o.scribble(4, 99);
+    o.done(Verb::PowerOn, &[]).await;
+    o.agent.kill().await;
+    o.agent = o.place.start_on(&o.network, config.clone(), hypervisor.clone()).await;
+    o.controller.beat(vec![]);
+    event(&mut o.controller, "store-attached").await;
+    assert_eq!(o.byte(4), 99);
+    o.agent.stop(Stop::Keep).await.unwrap();
+    o.agent = o.place.start_on(&o.network, config.clone(), hypervisor).await;
+    o.controller.beat(vec![]);
+    assert_eq!(o.byte(4), 99);
+    assert!(o.agent.store().audit().is_exact());
+    o.done(Verb::PowerOff, &[]).await;
+    o.agent.stop(Stop::Orderly).await.unwrap();
+    let left = std::fs::read_dir(config.run_dir.join("store")).map_or(0, Iterator::count);
+    assert_eq!(left, 0, "the machine has its memory back");
+}

@@ -53,7 +53,7 @@ impl Warm {
         let images = guest_images()?;
         muster_common::logging::init(muster_common::logging::LogFormat::Text);
         let (network, depot) = (network(seed), Depot::start().await);
-        let template = desk_template(&depot, &images, Some(ByteLen::mib(64)));
+        let template = desk_template(&depot, &images, Some(ByteLen::mib(64)), &[]);
         let place = Place::new(seed);
         let mut config = place.config();
         config.hypervisor.uri = String::new();

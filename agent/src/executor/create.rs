@@ -31,6 +31,10 @@ impl Work {
         self.fetch_boot_files(&template).await?;
         let (image, _) = self.ensure_image(template.image, &template.spec.image_name).await?;
         let transport = self.host.wanted_transport(template.spec.vcpus);
+        let mut applications = Vec::new();
+        for (digest, name) in &template.applications {
+            applications.push(self.ensure_image(*digest, name).await?.0);
+        }
         let mut disks = vec![DiskRecord {
             role: DiskRole::System,
             target: "vda".into(),
@@ -48,6 +52,17 @@ impl Work {
                 generation: 1,
                 size,
                 image: None,
+                transport,
+            });
+        }
+        for (n, application) in applications.iter().enumerate() {
+            disks.push(DiskRecord {
+                role: DiskRole::Application,
+                target: arguments::application_target(n),
+                volume: VolumeId::random(),
+                generation: 1,
+                size: application.size(),
+                image: Some(application.digest()),
                 transport,
             });
         }

@@ -11,7 +11,7 @@ use muster_virt::{DomainState, Lane};
 
 use super::{Done, Failure, Work};
 use crate::{
-    arguments,
+    arguments::{self, Template},
     host::Host,
     inventory::is_there,
     records::{DiskRecord, DiskRole, VmRecord},
@@ -54,6 +54,7 @@ impl Work {
         };
         self.fetch_boot_files(&template).await?;
         self.ensure_image(template.image, &template.spec.image_name).await?;
+        self.ensure_applications(&template).await?;
         let fetched = match (&lost_data, data_from) {
             (Some(disk), Some(Some(backup))) => Some((self.fetch_disk(disk.clone(), backup).await?, backup)),
             _ => None,
@@ -73,6 +74,7 @@ impl Work {
             roles.push(DiskRole::Data);
         }
         let record = self.next_generation(&entry.record, &roles).await?;
+        let record = self.renew_applications(&record).await?;
         let renewed = record.clone();
         let image = template.image;
         self.blocking(move |host| {
@@ -106,6 +108,32 @@ impl Work {
             self.wait_for(EnabledState::Enabled).await?;
         }
         Ok(Done { message, ..Done::default() })
+    }
+
+    async fn ensure_applications(&self, template: &Template) -> Result<(), Failure> {
+        for (digest, name) in &template.applications {
+            self.ensure_image(*digest, name).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes application disks that were lost again, out of their (resident) images; the record they are in then.
+    async fn renew_applications(&self, record: &VmRecord) -> Result<VmRecord, Failure> {
+        if record.applications().all(|d| is_there(d, &self.host.volumes.store)) {
+            return Ok(record.clone());
+        }
+        let record = self.next_generation(record, &[DiskRole::Application]).await?;
+        let renewed = record.clone();
+        self.blocking(move |host| {
+            for disk in renewed.applications() {
+                host.volumes.destroy(disk)?;
+                host.volumes.make(disk)?;
+                host.volumes.offer(renewed.vm, disk)?;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(record)
     }
 
     /// Where a lost data disk comes from: a backup, or `None`: blank, because the command allows it.
@@ -153,24 +181,27 @@ impl Work {
             .filter(|b| b.vms.iter().any(|v| v.id == vm))
             .ok_or_else(|| Failure::refused(ErrorCode::NotFound, "there is no such backup of this VM on this host"))?;
         let in_it: Vec<DiskRole> =
-            entry.record.disks.iter().filter(|d| has(&backup, vm, d.volume)).map(|d| d.role).collect();
-        if in_it.len() < entry.record.disks.len() {
+            entry.record.own_disks().filter(|d| has(&backup, vm, d.volume)).map(|d| d.role).collect();
+        if in_it.len() < entry.record.own_disks().count() {
             return Err(Failure::refused(ErrorCode::NotFound, "the backup does not have all volumes of the VM"));
         }
         // the image makes the restored system disk share memory with its siblings; without it the restore works too
-        for disk in entry.record.disks.iter().filter_map(|d| d.image) {
+        for disk in entry.record.own_disks().filter_map(|d| d.image) {
             if let Err(f) = self.ensure_image(disk, &entry.record.template.image_name).await {
                 tracing::warn!(image = %disk.short(), reason = f.message, "restoring without the image in memory");
             }
         }
+        // an application's disk is nothing but its image
+        self.ensure_applications(&arguments::check_template(entry.record.template.clone())?).await?;
         // all contents first: a restore that fails leaves the VM as it was
         let mut contents = Vec::new();
-        for disk in entry.record.disks.clone() {
+        for disk in entry.record.own_disks().cloned().collect::<Vec<_>>() {
             contents.push((disk.volume, self.fetch_disk(disk, backup.id).await?));
         }
         let record = self.next_generation(&entry.record, &in_it).await?;
         self.host.inventory.update(vm, |e| e.snapshots.clear());
         self.put_all(&record, contents).await?;
+        let record = self.renew_applications(&record).await?;
         self.define(&record).await?;
         Ok(Done { message: format!("from backup {}", backup.id), ..Done::default() })
     }
@@ -283,7 +314,7 @@ fn put(host: &Host, vm: VmId, disk: &DiskRecord, snapshot: &Snapshot) -> Result<
             // never offered in this generation: reverting makes it the next one
             let base = disk.image.filter(|image| store.image(image).is_some());
             let generation = disk.generation - 1;
-            let spec = VolumeSpec { id: disk.volume, generation, base, size: Some(disk.size), read_only: false };
+            let spec = VolumeSpec { generation, base, ..VolumeSpec::blank(disk.volume, disk.size) };
             store.create_volume(spec)?
         }
     };

@@ -63,23 +63,34 @@
 //! repository's). Reservations, quotas, spilling and warm restart are to come: nodes, frames and counts are numbers in
 //! regions for that reason, and nothing in them is an address.
 
+mod account;
 mod arena;
+mod attach;
+mod audit;
 mod config;
+mod differences;
 mod disk;
 mod error;
 mod frames;
 mod image;
 mod index;
 mod map;
+mod marks;
+mod memory;
 mod pool;
+mod records;
+mod scrub;
+mod spill;
 mod stats;
 mod store;
 mod sync;
 mod volume;
 
-pub use config::{PageKind, Pages, StoreConfig, VolumeSpec};
+pub use attach::AttachReport;
+pub use config::{PageKind, Pages, SpillConfig, StoreConfig, VolumeSpec, WhenFull};
 pub use error::StoreError;
 pub use image::{Image, ImageBuilder};
-pub use stats::{AuditReport, ImageInfo, StoreStats, VerifyReport, VolumeStats};
-pub use store::Store;
+pub use scrub::{Bring, Damage, Place, ScrubStep};
+pub use stats::{AuditReport, ImageInfo, SnapshotInfo, StoreStats, VerifyReport, VolumeStats};
+pub use store::{Attached, Store};
 pub use volume::{Snapshot, Volume};

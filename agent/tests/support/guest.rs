@@ -5,9 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use muster_common::ByteLen;
+use muster_common::{ByteLen, Digest};
 use muster_idl::{
-    arguments::{BootSpec, ExecResult, TemplateSpec},
+    arguments::{ApplicationSpec, BootSpec, ExecResult, TemplateSpec},
     v1::{Member, Outcome, Verb, Verdict},
 };
 use muster_repository::source::{ImageFormat, open_image};
@@ -84,7 +84,7 @@ impl World {
 }
 
 /// Imports the Debian guest; the template of a desktop made of it.
-pub fn desk_template(depot: &Depot, images: &Path, data: Option<ByteLen>) -> String {
+pub fn desk_template(depot: &Depot, images: &Path, data: Option<ByteLen>, applications: &[Digest]) -> String {
     let source = open_image(&images.join("debian.raw"), ImageFormat::Raw).unwrap();
     let mut session = depot.repository.session();
     let go_on = &mut |_| std::ops::ControlFlow::Continue(());
@@ -98,6 +98,10 @@ pub fn desk_template(depot: &Depot, images: &Path, data: Option<ByteLen>) -> Str
         vcpus: 1,
         memory_bytes: 256 << 20,
         data_volume_bytes: data.map(|size| size.bytes()),
+        applications: applications
+            .iter()
+            .map(|image| ApplicationSpec { image: image.to_string(), image_name: "tools".into() })
+            .collect(),
         boot: BootSpec {
             kernel: Some(blob("vmlinuz")),
             initrd: Some(blob("initramfs")),

@@ -25,7 +25,7 @@ use muster_bus::{
 };
 use muster_common::{ByteLen, Clock, CommandId, ControllerId, Digest, SystemClock, VmId};
 use muster_idl::{
-    arguments::{BootSpec, TemplateSpec},
+    arguments::{ApplicationSpec, BootSpec, TemplateSpec},
     v1::{Argument, ControllerState, Event, GroupCommand, Member, Outcome, TargetKind, Verb, Verdict, VirtualSystem},
 };
 use muster_repository::{Repository, storage::MemoryStorage};
@@ -284,6 +284,11 @@ impl Controller {
 }
 
 pub fn template(image: &Digest, data_mib: Option<u64>) -> String {
+    template_with(image, data_mib, &[])
+}
+
+pub fn template_with(image: &Digest, data_mib: Option<u64>, applications: &[Digest]) -> String {
+    let application = |digest: &Digest| ApplicationSpec { image: digest.to_string(), image_name: "tools".into() };
     let spec = TemplateSpec {
         name: "desk".into(),
         image: image.to_string(),
@@ -291,6 +296,7 @@ pub fn template(image: &Digest, data_mib: Option<u64>) -> String {
         vcpus: 1,
         memory_bytes: 256 << 20,
         data_volume_bytes: data_mib.map(|m| m << 20),
+        applications: applications.iter().map(application).collect(),
         boot: BootSpec::default(),
         bridge: None,
     };

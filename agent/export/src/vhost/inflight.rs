@@ -21,6 +21,8 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
+use super::memory::cannot_shrink;
+
 const ALIGNMENT: u64 = 64;
 const HEADER: u64 = 16;
 const ENTRY: u64 = 16;
@@ -61,13 +63,21 @@ pub(crate) struct QueueRecord {
 }
 
 impl Inflight {
-    /// Maps a record of that shape.
-    pub(crate) fn map(file: File, offset: u64, size: u64, queues: u16, queue_size: u16) -> io::Result<Inflight> {
+    /// Maps a record of that shape. As for memory, `sealed` demands a file that cannot shrink.
+    pub(crate) fn map(
+        file: File,
+        (offset, size): (u64, u64),
+        (queues, queue_size): (u16, u16),
+        sealed: bool,
+    ) -> io::Result<Inflight> {
         let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidInput, what.to_owned());
         let needed = area(queues, queue_size);
         let end = offset.checked_add(needed).ok_or_else(|| invalid("record wraps around"))?;
         if needed == 0 || size < needed || file.metadata()?.len() < end {
             return Err(invalid("record smaller than its queues"));
+        }
+        if sealed && !cannot_shrink(&file) {
+            return Err(invalid("record in a file that can shrink"));
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), needed as usize).map_err(io::Error::other)?;
         Ok(Inflight { map: Arc::new(map), queues, queue_size })
@@ -162,7 +172,7 @@ mod tests {
     use super::*;
 
     fn record(file: &File) -> QueueRecord {
-        let inflight = Inflight::map(file.try_clone().expect("clone"), 0, area(2, 8), 2, 8).expect("map");
+        let inflight = Inflight::map(file.try_clone().expect("clone"), (0, area(2, 8)), (2, 8), true).expect("map");
         inflight.queue(1, 8).expect("the second queue")
     }
 
@@ -209,13 +219,16 @@ mod tests {
     fn nonsense_in_the_record_is_survived() {
         let file = create(1, 8).expect("memfd");
         std::os::unix::fs::FileExt::write_all_at(&file, &[0xff; 144], 0).expect("write");
-        let inflight = Inflight::map(file.try_clone().expect("clone"), 0, area(1, 8), 1, 8).expect("map");
+        let inflight = Inflight::map(file.try_clone().expect("clone"), (0, area(1, 8)), (1, 8), true).expect("map");
         assert!(inflight.queue(0, 8).expect("queue").recover(3).is_empty());
         std::os::unix::fs::FileExt::write_all_at(&file, &[1, 0, 8, 0, 0xff, 0xff, 9, 9], 8).expect("write");
         let heads = inflight.queue(0, 8).expect("queue").recover(3);
         assert!(heads.len() <= 8);
         assert!(inflight.queue(1, 8).is_none());
         assert!(inflight.queue(0, 16).is_none());
-        assert!(Inflight::map(file, 0, 10, 1, 8).is_err());
+        assert!(Inflight::map(file, (0, 10), (1, 8), true).is_err());
+        let file = tempfile::tempfile().expect("temporary file");
+        file.set_len(area(1, 8)).expect("set length");
+        assert!(Inflight::map(file, (0, area(1, 8)), (1, 8), true).is_err(), "it could shrink");
     }
 }

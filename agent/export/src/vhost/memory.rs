@@ -39,6 +39,11 @@ pub(crate) struct Memory {
     regions: Vec<Region>,
 }
 
+/// Whether nobody can make the file shorter.
+pub(crate) fn cannot_shrink(file: &File) -> bool {
+    fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+}
+
 impl Memory {
     /// Maps a region. `sealed` demands a file that nobody can shrink under the mapping: touching pages that are gone
     /// would be a fatal signal for the whole process.
@@ -49,8 +54,8 @@ impl Memory {
         if !fits || size == 0 {
             return Err(invalid("region wraps around or is empty"));
         }
-        if sealed && !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK)) {
-            return Err(invalid("region in a file that can shrink"));
+        if sealed && !cannot_shrink(&file) {
+            return Err(invalid("region in a file that can shrink, not a sealed memfd"));
         }
         // The mapping itself would succeed over the end of the file.
         if file.metadata()?.len() < place.offset + place.size {

@@ -14,7 +14,7 @@
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use muster_block::{WriteFlags, ZeroFlags};
@@ -30,6 +30,8 @@ use crate::statistics::Operation;
 
 /// Writes are copied out of the guest in pieces of this size, so that a queue's memory is fixed.
 const PIECE: usize = 256 << 10;
+/// Times of arrival kept apart; with more, the newest ones are counted from the last one kept.
+const SEEN: usize = 64;
 /// Requests done in a row before other queues of the same worker get their turn.
 const BATCH: u32 = 64;
 /// The driver is told of answers at least this often, however many requests are in the batch.
@@ -61,6 +63,8 @@ pub(crate) struct Context {
 pub(crate) struct Queue {
     context: Arc<Context>,
     index: u16,
+    /// How many want this queue while its worker has it.
+    pub(crate) wanted: Arc<AtomicU32>,
     pub(crate) memory: Memory,
     pub(crate) layout: Layout,
     pub(crate) event_index: bool,
@@ -118,6 +122,7 @@ impl Queue {
         Queue {
             context,
             index,
+            wanted: Arc::default(),
             memory: Memory::default(),
             layout: Layout::default(),
             event_index: false,
@@ -314,6 +319,7 @@ impl Queue {
         let pending = ring.pending(self.next_available)?;
         let mut left = usize::from(pending) + self.again.len();
         if left == 0 {
+            self.seen.clear();
             if self.waits.space.is_some() {
                 // The driver was reset: what waited is gone.
                 self.stop_waiting_for_space();
@@ -328,8 +334,11 @@ impl Queue {
             return Ok(Step::Until(space.next));
         }
         let end = self.next_available.wrapping_add(pending);
-        if self.seen.back().is_none_or(|(upto, _)| *upto != end) {
-            self.seen.push_back((end, now));
+        let kept = self.seen.len();
+        match self.seen.back_mut() {
+            Some((upto, _)) if *upto == end => {}
+            Some((upto, _)) if kept >= SEEN => *upto = end,
+            _ => self.seen.push_back((end, now)),
         }
         let new = (left as u16).saturating_sub(self.counted);
         if new > 0 {
@@ -347,7 +356,8 @@ impl Queue {
         let mut told = (self.next_used, now);
         let mut step = Step::Worked;
         let mut done = 0;
-        while left > 0 && done < BATCH {
+        // Who wants the queue does not wait for more than one request.
+        while left > 0 && done < BATCH && (done == 0 || self.wanted.load(Ordering::Relaxed) == 0) {
             let head = match self.again.front() {
                 Some(head) => *head,
                 None => ring.head(self.next_available)?,

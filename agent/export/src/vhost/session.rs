@@ -400,7 +400,8 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> VhostResult<()> {
-        let map = Inflight::map(file, given.mmap_offset, given.mmap_size, given.num_queues, given.queue_size);
+        let (place, shape) = ((given.mmap_offset, given.mmap_size), (given.num_queues, given.queue_size));
+        let map = Inflight::map(file, place, shape, self.settings.sealed_memory);
         self.inflight = Some(map.map_err(VhostError::ReqHandlerError)?);
         Ok(())
     }

@@ -21,15 +21,16 @@ const NO_KICK: Duration = Duration::from_millis(1);
 /// A queue shared by its worker, who has it nearly always, and the session that sets it up.
 pub(crate) struct Slot {
     queue: Mutex<Queue>,
-    /// Sessions that want it.
-    wanted: AtomicU32,
+    /// The queue's own [`Queue::wanted`].
+    wanted: Arc<AtomicU32>,
     /// Whether the worker need look at it.
     running: AtomicBool,
 }
 
 impl Slot {
     pub(crate) fn new(queue: Queue) -> Slot {
-        Slot { queue: Mutex::new(queue), wanted: AtomicU32::new(0), running: AtomicBool::new(false) }
+        let wanted = Arc::clone(&queue.wanted);
+        Slot { queue: Mutex::new(queue), wanted, running: AtomicBool::new(false) }
     }
 
     /// Changes the queue while no request of it is being done.

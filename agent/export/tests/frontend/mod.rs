@@ -192,6 +192,30 @@ impl Client {
     }
 }
 
+/// A region of memory, and the file behind it.
+pub struct MorePlace(pub VhostUserMemoryRegionInfo, File);
+
+/// Another region of guest memory.
+pub fn more_memory(guest: u64, size: usize) -> (Arc<MmapRegion<()>>, MorePlace) {
+    let fd = memfd_create("more", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    ftruncate(&fd, size as u64).unwrap();
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW).unwrap();
+    let file = File::from(fd);
+    let map = Arc::new(MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), size).unwrap());
+    let place = VhostUserMemoryRegionInfo {
+        guest_phys_addr: guest,
+        memory_size: size as u64,
+        userspace_addr: map.as_ptr() as u64,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    (map, MorePlace(place, file))
+}
+
+pub fn fill(map: &MmapRegion<()>, at: usize, bytes: &[u8]) {
+    map.as_volatile_slice().write_slice(bytes, at).unwrap();
+}
+
 /// The driver of one queue. Each slot has three descriptors and a stretch of memory for data.
 pub struct Driver {
     memory: Arc<MmapRegion<()>>,
@@ -304,6 +328,11 @@ impl Driver {
 
     /// Makes a request of a slot, whose data is in place or will be; it is seen after [`Driver::publish`].
     pub fn prepare(&mut self, slot: u16, kind: u32, sector: u64, len: u32) {
+        self.prepare_at(slot, kind, sector, Self::guest(self.data(slot)), len);
+    }
+
+    /// The same with data at any guest address.
+    pub fn prepare_at(&mut self, slot: u16, kind: u32, sector: u64, address: u64, len: u32) {
         let (header, first) = (self.header(slot), slot * 3);
         let word = u128::from(kind) | u128::from(sector) << 64;
         self.put(header, &word.to_le_bytes());
@@ -311,7 +340,7 @@ impl Driver {
         let incoming = matches!(kind, READ | GET_ID);
         if len > 0 {
             self.descriptor(first, Self::guest(header), 16, 1, first + 1);
-            self.descriptor(first + 1, Self::guest(self.data(slot)), len, 1 | u16::from(incoming) << 1, first + 2);
+            self.descriptor(first + 1, address, len, 1 | u16::from(incoming) << 1, first + 2);
         } else {
             self.descriptor(first, Self::guest(header), 16, 1, first + 2);
         }
@@ -356,6 +385,27 @@ impl Driver {
         self.get(self.header(slot) + 16, &mut status);
         self.free.push(slot);
         Some(Done { slot, len: (word >> 32) as u32, status: status[0] })
+    }
+
+    /// Takes back what was offered since [`Driver::next`] was set back.
+    pub fn withdraw_offers(&mut self) {
+        self.store(self.available + 2, self.next, Ordering::Release);
+    }
+
+    /// Forgets everything: empty rings, every slot free.
+    pub fn reset(&mut self) {
+        self.put(self.descriptors, &vec![0; QUEUE_BYTES]);
+        (self.next, self.last_used) = (0, 0);
+        self.free = (0..Self::slots(self.size) as u16).rev().collect();
+        let _ = (self.kick.read(), self.call.read(), self.error.read());
+    }
+
+    /// Answers a chain as a server would.
+    pub fn answer(&mut self, head: u16) {
+        let used = self.used_index();
+        let entry = u64::from(head) | 1 << 32;
+        self.put(self.used + 4 + 8 * usize::from(used % self.size), &entry.to_le_bytes());
+        self.store(self.used + 2, used.wrapping_add(1), Ordering::Release);
     }
 
     /// Asks to be called for the next answer, or for none for a long time.

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
+use muster_common::Chain;
 use muster_common::id::VmId;
 use muster_common::units::ByteLen;
 use parking_lot::Mutex;
@@ -458,7 +459,10 @@ impl Hypervisor for Libvirt {
             ShutdownMode::Agent => sys::VIR_DOMAIN_SHUTDOWN_GUEST_AGENT,
             ShutdownMode::Acpi => sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN,
         };
-        self.on_active(vm, "shut down", |domain| domain.shutdown_flags(flags)).map(drop).map_err(agent_missing(mode))
+        self.on_active(vm, "shut down", |domain| domain.shutdown_flags(flags))
+            .map(drop)
+            .or_else(already_going_down)
+            .map_err(agent_missing(mode))
     }
 
     fn power_off(&self, vm: VmId) -> Result<()> {
@@ -478,7 +482,9 @@ impl Hypervisor for Libvirt {
             ShutdownMode::Agent => sys::VIR_DOMAIN_REBOOT_GUEST_AGENT,
             ShutdownMode::Acpi => sys::VIR_DOMAIN_REBOOT_ACPI_POWER_BTN,
         };
-        self.on_active(vm, "reboot", |domain| domain.reboot(flags)).map_err(agent_missing(mode))
+        self.on_active(vm, "reboot", |domain| domain.reboot(flags))
+            .or_else(already_going_down)
+            .map_err(agent_missing(mode))
     }
 
     fn pause(&self, vm: VmId) -> Result<()> {
@@ -608,6 +614,13 @@ impl Libvirt {
         let text = format!("{}: its state is {:?}", context(), state_of(state, 0, false).0);
         Err(HypervisorError::new(HypervisorErrorKind::InvalidState, text))
     }
+}
+
+/// The guest agent waits for the command that stops the guest; when the stop is quicker, it finds that command killed and
+/// says so. The guest goes down all the same, and whoever asked waits for the state.
+fn already_going_down(error: HypervisorError) -> Result<()> {
+    let text = Chain(&error).to_string();
+    if text.contains("'guest-shutdown'") && text.contains("terminated abnormally") { Ok(()) } else { Err(error) }
 }
 
 /// A domain without an agent channel refuses agent calls as unsupported: to the caller that is a missing agent.

@@ -477,6 +477,10 @@ impl ReadAt for Qcow2Image {
         read_run(&mut run, buf)
     }
 
+    fn is_cold(&self) -> bool {
+        self.container.is_cold()
+    }
+
     fn spans(&self, offset: u64, len: u64, out: &mut Vec<Span>) -> Result<(), SourceError> {
         let len = len.min(self.size.saturating_sub(offset));
         let first = out.len();
