@@ -19,7 +19,11 @@ use muster_virt::{DomainState, DomainStatus, StateReason};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::{chunks::ChunkTable, machines::enabled_state, records::VmRecord};
+use crate::{
+    chunks::ChunkTable,
+    machines::enabled_state,
+    records::{PausedBy, VmRecord},
+};
 
 /// A named point in time of a VM's own volumes. In memory only.
 #[derive(Clone)]
@@ -85,6 +89,8 @@ pub struct Entry {
     /// Counts reboots the hypervisor told of.
     pub reboots: u64,
     pub snapshots: BTreeMap<String, SnapshotSet>,
+    /// The last I/O error of its disks was that there was no room; until it is resumed.
+    pub no_space: bool,
 }
 
 impl Entry {
@@ -102,6 +108,7 @@ impl Entry {
             changed_us: now_us,
             reboots: 0,
             snapshots: BTreeMap::new(),
+            no_space: false,
         }
     }
 
@@ -220,11 +227,16 @@ pub fn is_there(disk: &crate::records::DiskRecord, store: &Store) -> bool {
 pub fn virtual_system(entry: &Entry, store: &Store, host: &str, incarnation: &str, now_us: u64) -> VirtualSystem {
     let record = &entry.record;
     let lost = is_lost(record, store);
-    let failed = lost || entry.state == DomainState::Crashed || entry.reason == StateReason::IoError;
+    let failed = lost
+        || entry.state == DomainState::Crashed
+        || entry.reason == StateReason::IoError
+        || record.paused_by == Some(PausedBy::Space);
     let state = entry.shown_state();
     let (health, status) = condition_of(state, failed);
     let remark = if lost {
         "a volume was lost with the agent's memory: restore it, or reset its session".to_string()
+    } else if record.paused_by == Some(PausedBy::Space) {
+        "paused: its disk needs memory and the store is full; it goes on when there is some".to_string()
     } else if entry.reason == StateReason::IoError {
         "paused: a disk failed".to_string()
     } else {

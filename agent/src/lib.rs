@@ -50,6 +50,8 @@ mod images;
 mod inventory;
 pub mod ledger;
 mod machines;
+mod memory;
+mod mend;
 mod observer;
 pub mod presence;
 pub mod records;
@@ -60,6 +62,7 @@ pub mod supervise;
 mod telemetry;
 mod voice;
 mod volumes;
+mod watermark;
 
 pub use config::Config;
 pub use stop::{Stop, StopRefused};

@@ -1,7 +1,8 @@
 //! What this host knows of its VMs across restarts: one JSON file a VM in `state_dir/vms`, replaced atomically.
 //!
-//! A record says what a VM is made of; whether its volumes' contents are there, the store says. So after a restart the
-//! records are all there and every volume is lost, until it is restored or made anew.
+//! A record says what a VM is made of; whether its volumes' contents are there, the store says. After a restart of the
+//! agent they are, as a rule; after one of the machine the records are all there and every volume is lost, until it is
+//! restored or made anew.
 
 use std::{
     fs, io,
@@ -36,6 +37,27 @@ impl DiskRole {
     }
 }
 
+/// How a disk is served. In the record, because a QEMU that runs keeps to it whatever the configuration says meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// On the one NBD socket, by export name. What records that do not say were made with.
+    #[default]
+    Nbd,
+    /// On a vhost-user socket of its own. The number of queues must be the same after each restart.
+    VhostUser { queues: u16 },
+}
+
+/// Who paused a VM that runs otherwise. In the record: nobody else is to resume it, after a restart of the agent either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PausedBy {
+    /// A command. Only a command resumes it.
+    Command,
+    /// The agent, or a disk: a volume had no memory left to write to. It is resumed when there is some.
+    Space,
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiskRecord {
     pub role: DiskRole,
@@ -47,6 +69,8 @@ pub struct DiskRecord {
     pub size: ByteLen,
     /// Image it is a clone of; none: it began blank.
     pub image: Option<Digest>,
+    #[serde(default)]
+    pub transport: Transport,
 }
 
 impl DiskRecord {
@@ -68,11 +92,13 @@ pub struct VmRecord {
     pub template: TemplateSpec,
     pub disks: Vec<DiskRecord>,
     pub created_at_us: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_by: Option<PausedBy>,
 }
 
 impl VmRecord {
     pub fn new(vm: VmId, name: String, template: TemplateSpec, disks: Vec<DiskRecord>, now_us: u64) -> Self {
-        Self { version: VERSION, vm, name, template, disks, created_at_us: now_us }
+        Self { version: VERSION, vm, name, template, disks, created_at_us: now_us, paused_by: None }
     }
 
     /// Disks that hold something of the VM's own.
@@ -204,9 +230,26 @@ pub(crate) mod tests {
             generation: 1,
             size: ByteLen::mib(64),
             image: None,
+            transport: Transport::default(),
         };
         let disks = vec![disk(DiskRole::System, "vda"), disk(DiskRole::Data, "vdb")];
         VmRecord::new(VmId::random(), name.into(), template("x"), disks, 1)
+    }
+
+    #[test]
+    fn a_record_of_before_transports_is_one_of_nbd_disks() {
+        let mut record = record("a");
+        record.disks[0].transport = Transport::VhostUser { queues: 2 };
+        record.paused_by = Some(PausedBy::Space);
+        let mut value = serde_json::to_value(&record).unwrap();
+        assert_eq!(value["disks"][0]["transport"]["vhost-user"]["queues"], 2);
+        assert_eq!(serde_json::from_value::<VmRecord>(value.clone()).unwrap(), record);
+        for disk in value["disks"].as_array_mut().unwrap() {
+            disk.as_object_mut().unwrap().remove("transport");
+        }
+        value.as_object_mut().unwrap().remove("paused_by");
+        let old: VmRecord = serde_json::from_value(value).unwrap();
+        assert_eq!((old.disks[0].transport, old.paused_by), (Transport::Nbd, None));
     }
 
     #[test]

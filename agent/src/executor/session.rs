@@ -25,20 +25,18 @@ impl Work {
     async fn next_generation(&self, record: &VmRecord, roles: &[DiskRole]) -> Result<VmRecord, Failure> {
         let old = record.clone();
         let roles = roles.to_vec();
-        let new = self
-            .blocking(move |host| {
-                let mut new = old.clone();
-                for (disk, before) in new.disks.iter_mut().zip(&old.disks).filter(|(d, _)| roles.contains(&d.role)) {
-                    host.volumes.withdraw(before)?;
+        self.blocking(move |host| {
+            for disk in old.disks.iter().filter(|d| roles.contains(&d.role)) {
+                host.volumes.withdraw(disk)?;
+            }
+            let next = |new: &mut VmRecord| {
+                for disk in new.disks.iter_mut().filter(|d| roles.contains(&d.role)) {
                     disk.generation += 1;
                 }
-                host.records.save(&new)?;
-                Ok(new)
-            })
-            .await?;
-        let shown = new.clone();
-        self.host.inventory.update(new.vm, |e| e.record = shown);
-        Ok(new)
+            };
+            host.change_record(old.vm, next)?.ok_or_else(Failure::no_such_vm)
+        })
+        .await
     }
 
     pub(super) async fn reset_session(&self) -> Result<Done, Failure> {

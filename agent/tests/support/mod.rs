@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub mod balky;
+pub mod guest;
 
 use std::{
     collections::BTreeMap,
@@ -28,6 +29,7 @@ use muster_idl::{
     v1::{Argument, ControllerState, Event, GroupCommand, Member, Outcome, TargetKind, Verb, Verdict, VirtualSystem},
 };
 use muster_repository::{Repository, storage::MemoryStorage};
+use muster_store::Store;
 use muster_virt::{
     Hypervisor,
     simulator::{Chances, Latencies, Simulator},
@@ -308,6 +310,21 @@ pub struct Place {
     pub name: String,
 }
 
+impl Drop for Place {
+    /// A test that failed leaves no QEMU behind.
+    fn drop(&mut self) {
+        let ours = self.dir.path().to_string_lossy().into_owned();
+        for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command);
+            let program = command.split('\0').next().unwrap_or_default();
+            if program.contains("qemu-system") && command.contains(&ours) {
+                let _ = std::process::Command::new("kill").arg("-9").arg(process.file_name()).status();
+            }
+        }
+    }
+}
+
 impl Place {
     pub fn new(seed: u64) -> Self {
         // unix socket paths are short
@@ -334,6 +351,17 @@ impl Place {
 
     pub async fn start_on(&self, network: &Network, config: Config, hypervisor: Arc<dyn Hypervisor>) -> Agent {
         let deps = Deps { bus: Some(network.join(&self.name)), hypervisor: Some(hypervisor), ..Deps::default() };
+        Agent::start(config, deps).await.unwrap()
+    }
+
+    /// On a store that outlives it.
+    pub async fn start_on_store(&self, network: &Network, config: Config, store: &Store) -> Agent {
+        let deps = Deps {
+            bus: Some(network.join(&self.name)),
+            hypervisor: Some(Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>),
+            store: Some(store.clone()),
+            ..Deps::default()
+        };
         Agent::start(config, deps).await.unwrap()
     }
 
