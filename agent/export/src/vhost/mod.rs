@@ -33,6 +33,7 @@ use std::time::Duration;
 
 mod fuzz;
 mod inflight;
+mod log;
 mod memory;
 mod queue;
 mod request;

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use muster_block::{WriteFlags, ZeroFlags};
 
 use super::inflight::QueueRecord;
+use super::log::Log;
 use super::memory::{Cursor, Memory, Slice};
 use super::request::{self, HEADER_BYTES, Kind, MAX_DATA, MAX_RANGES, NAME_BYTES, RANGE_BYTES, Range, SECTOR, status};
 use super::ring::{Broken, Chain, Layout, Ring};
@@ -75,6 +76,8 @@ pub(crate) struct Queue {
     pub(crate) call: Option<OwnedFd>,
     pub(crate) error: Option<OwnedFd>,
     pub(crate) record: Option<QueueRecord>,
+    /// Where writes to guest memory are logged, while they are.
+    pub(crate) log: Option<Arc<Log>>,
     enabled: bool,
     started: bool,
     broken: Option<Broken>,
@@ -132,6 +135,7 @@ impl Queue {
             call: None,
             error: None,
             record: None,
+            log: None,
             enabled: false,
             started: false,
             broken: None,
@@ -197,6 +201,10 @@ impl Queue {
         self.started = false;
         self.kick = None;
         self.call = None;
+        if let Some(log) = &self.log {
+            // what was written to the rings beside answers
+            log.mark_all();
+        }
         self.uncount(self.counted);
         self.waits.turn = false;
         // A request that waits was never taken. It is the first one after the start, and waits on.
@@ -459,6 +467,9 @@ impl Queue {
         ring.put_used(self.next_used, head, u32::try_from(given + 1).unwrap_or(u32::MAX))?;
         self.next_used = self.next_used.wrapping_add(1);
         ring.publish(self.next_used)?;
+        if let Some(log) = &self.log {
+            log.mark_all();
+        }
         if let Some(record) = &mut self.record {
             record.answered(head, self.next_used);
         }

@@ -31,6 +31,8 @@ pub(crate) mod feature {
     pub(crate) const MQ: u64 = 1 << 12;
     pub(crate) const DISCARD: u64 = 1 << 13;
     pub(crate) const WRITE_ZEROES: u64 = 1 << 14;
+    /// vhost's own: writes to guest memory are logged.
+    pub(crate) const LOG_ALL: u64 = 1 << 26;
     pub(crate) const INDIRECT: u64 = 1 << 28;
     pub(crate) const EVENT_INDEX: u64 = 1 << 29;
     /// vhost-user's own: rings are enabled one by one, and there are protocol features.
@@ -53,6 +55,7 @@ pub(crate) fn features(geometry: &Geometry) -> u64 {
         | feature::FLUSH
         | feature::TOPOLOGY
         | feature::MQ
+        | feature::LOG_ALL
         | feature::INDIRECT
         | feature::EVENT_INDEX
         | feature::PROTOCOL

@@ -22,6 +22,7 @@ use vhost::vhost_user::{
 };
 
 use super::inflight::{self, Inflight};
+use super::log::Log;
 use super::memory::{Memory, Place};
 use super::queue::{Context, Queue};
 use super::request::{self, feature};
@@ -120,6 +121,7 @@ struct Device {
     memory: Memory,
     features: u64,
     inflight: Option<Inflight>,
+    log: Option<Arc<Log>>,
 }
 
 fn invalid(what: &str) -> VhostError {
@@ -137,7 +139,17 @@ impl Device {
         let queue = |index| Arc::new(Slot::new(Queue::new(Arc::clone(&context), index)));
         let slots = (0..settings.queues).map(queue).collect();
         let workers = (0..settings.workers.min(settings.queues).max(1)).map(|_| None).collect();
-        Device { entered, settings, names, slots, workers, memory: Memory::default(), features: 0, inflight: None }
+        Device {
+            entered,
+            settings,
+            names,
+            slots,
+            workers,
+            memory: Memory::default(),
+            features: 0,
+            inflight: None,
+            log: None,
+        }
     }
 
     fn offered(&self) -> u64 {
@@ -226,10 +238,12 @@ impl VhostUserBackendReqHandlerMut for Device {
         }
         self.features = features;
         let set = |bit| features & bit != 0;
+        let log = self.log.clone();
         self.change_all(|queue| {
             queue.event_index = set(feature::EVENT_INDEX);
             queue.indirect = set(feature::INDIRECT);
             queue.flushes = set(feature::FLUSH);
+            queue.log = log.clone().filter(|_| set(feature::LOG_ALL));
             if !set(feature::PROTOCOL) {
                 queue.enable(true);
             }
@@ -288,8 +302,9 @@ impl VhostUserBackendReqHandlerMut for Device {
         available: u64,
         _log: u64,
     ) -> VhostResult<()> {
-        if !flags.is_empty() {
-            return Err(VhostError::InvalidOperation("logged writes"));
+        // a ring that is logged apart from the rest lies in memory that is all logged
+        if !(flags - VhostUserVringAddrFlags::VHOST_VRING_F_LOG).is_empty() {
+            return Err(invalid("flags of a ring"));
         }
         let guest = |user| self.memory.guest_of_user(user).ok_or(invalid("a ring that is not in memory"));
         let (descriptors, available, used) = (guest(descriptor)?, guest(available)?, guest(used)?);
@@ -352,6 +367,7 @@ impl VhostUserBackendReqHandlerMut for Device {
             | Feature::REPLY_ACK
             | Feature::BACKEND_REQ
             | Feature::INFLIGHT_SHMFD
+            | Feature::LOG_SHMFD
             | Feature::RESET_DEVICE
             | Feature::CONFIGURE_MEM_SLOTS)
     }
@@ -451,8 +467,13 @@ impl VhostUserBackendReqHandlerMut for Device {
         Err(VhostError::InvalidOperation("shared memory of the device"))
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> VhostResult<()> {
-        Err(VhostError::InvalidOperation("logged writes"))
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> VhostResult<()> {
+        let log = Log::map(file, log.mmap_offset, log.mmap_size, self.settings.sealed_memory);
+        let log = Arc::new(log.map_err(VhostError::ReqHandlerError)?);
+        self.log = Some(Arc::clone(&log));
+        let logging = self.features & feature::LOG_ALL != 0;
+        self.change_all(|queue| queue.log = logging.then(|| Arc::clone(&log)));
+        Ok(())
     }
 }
 
