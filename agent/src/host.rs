@@ -70,6 +70,14 @@ pub struct Host {
 }
 
 impl Host {
+    /// Forgets the named snapshots of a VM.
+    pub fn clear_snapshots(&self, vm: VmId) {
+        if let Some(entry) = self.inventory.get(vm) {
+            entry.record.disks.iter().for_each(|disk| self.volumes.forget_snapshots(disk.volume));
+        }
+        self.inventory.update(vm, |entry| entry.snapshots.clear());
+    }
+
     pub fn now_us(&self) -> u64 {
         self.clock.now_us()
     }

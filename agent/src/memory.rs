@@ -8,8 +8,8 @@ use crate::config::{Config, PageChoice};
 /// Whether a later run finds the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// It ends with this process: so the configuration wants it.
-    Ends,
+    /// It ends with this process, and why.
+    Ends(&'static str),
     /// It is there until it is given back.
     Stays,
     /// Whoever embeds this agent keeps it.
@@ -20,7 +20,7 @@ impl Fate {
     /// Why volumes cannot be left to the next run; `None`: they can.
     pub fn cannot_keep(self) -> Option<&'static str> {
         match self {
-            Self::Ends => Some("the configuration says store.survive = false"),
+            Self::Ends(why) => Some(why),
             Self::Stays | Self::Lent => None,
         }
     }
@@ -45,8 +45,20 @@ pub fn open(config: &Config, given: Option<Store>) -> Result<Memory, StoreError>
         PageChoice::Hugetlb => Pages::Huge,
     };
     let directory = config.store.survive.then(|| config.store_directory());
-    let fate = if directory.is_some() { Fate::Stays } else { Fate::Ends };
+    let fate = match &directory {
+        Some(_) => Fate::Stays,
+        None => Fate::Ends("the configuration says store.survive = false"),
+    };
     let config = StoreConfig { pages, directory, ..StoreConfig::new(config.store.budget) };
-    let (store, attached) = Store::open_or_attach(config)?;
-    Ok(Memory { store, attached, fate })
+    match Store::open_or_attach(config.clone()) {
+        Ok((store, attached)) => Ok(Memory { store, attached, fate }),
+        Err(error @ StoreError::NotInMemory { .. }) => {
+            // an agent without rights still serves, as it did before there was such a store
+            tracing::warn!(reason = %error, "the store will end with this process");
+            let store = Store::open(StoreConfig { directory: None, ..config })?;
+            let fate = Fate::Ends("run_dir is not in memory, and this process may not mount a tmpfs there");
+            Ok(Memory { store, attached: Attached::Fresh(None), fate })
+        }
+        Err(error) => Err(error),
+    }
 }

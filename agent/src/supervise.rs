@@ -44,7 +44,7 @@ use crate::{
     host::Host,
     identity::{DrainMark, Identity, IdentityError},
     images::{Images, PullError},
-    inventory::{Entry, Inventory, is_lost},
+    inventory::{Entry, Inventory, SnapshotSet, is_lost},
     ledger::{Ledger, LedgerError},
     machines::Machines,
     memory::{self, Fate, Memory},
@@ -550,6 +550,9 @@ async fn adopt(host: &Host, known: Vec<VmRecord>, all_read: bool) {
         let mut entry = Entry::new(record.clone(), status.map_or(DomainState::Off, |s| s.state), now);
         if let Some(status) = status {
             entry.reason = status.reason;
+        }
+        for (name, (taken_us, volumes)) in host.volumes.kept_snapshots(&record.disks) {
+            entry.snapshots.insert(name, SnapshotSet::new(taken_us, volumes, None));
         }
         host.inventory.insert(entry);
         if !is_lost(&record, &host.volumes.store) {

@@ -4,7 +4,7 @@
 //! record the generation durably -> make the volume -> offer the export; the other way round to take away. Offering a disk
 //! over vhost-user makes its socket, which has to be there before QEMU is started.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use muster_block::BlockDevice;
 use muster_common::{Chain, Digest, ErrorCode, VmId, VolumeId};
@@ -12,7 +12,7 @@ use muster_export::{
     Export, Limits, Registry, RegistryError,
     vhost::{VhostError, VhostServer},
 };
-use muster_store::{Store, StoreError, Volume, VolumeSpec};
+use muster_store::{Snapshot, Store, StoreError, Volume, VolumeSpec};
 
 use crate::records::{DiskRecord, RecordError, Transport, VmRecord};
 
@@ -160,8 +160,29 @@ impl Volumes {
         }
     }
 
+    /// Takes the kept snapshots of a volume off the store's books.
+    pub fn forget_snapshots(&self, volume: VolumeId) {
+        for kept in self.store.snapshots().into_iter().filter(|kept| kept.volume == volume) {
+            // somebody else forgot it meanwhile
+            let _ = self.store.drop_snapshot(kept.id);
+        }
+    }
+
+    /// The snapshots of these disks that an earlier run kept, by name: when they were taken, and of which volumes.
+    pub fn kept_snapshots(&self, disks: &[DiskRecord]) -> BTreeMap<String, (u64, Vec<(VolumeId, Snapshot)>)> {
+        let mut sets: BTreeMap<String, (u64, Vec<(VolumeId, Snapshot)>)> = BTreeMap::new();
+        for kept in self.store.snapshots().into_iter().filter(|kept| disks.iter().any(|d| d.volume == kept.volume)) {
+            if let Some(snapshot) = self.store.snapshot(kept.id) {
+                let set = sets.entry(kept.label).or_insert((kept.kept_us, Vec::new()));
+                set.1.push((kept.volume, snapshot));
+            }
+        }
+        sets
+    }
+
     /// Withdraws and deletes; an absent volume is fine.
     pub fn destroy(&self, disk: &DiskRecord) -> Result<(), VolumeError> {
+        self.forget_snapshots(disk.volume);
         self.withdraw(disk)?;
         match self.store.delete_volume(disk.volume) {
             Ok(()) | Err(StoreError::VolumeNotFound(_)) => Ok(()),

@@ -851,18 +851,25 @@ async fn a_store_that_survives_is_attached_by_the_next_run_and_given_back_by_an_
     config.store.survive = true;
     let mut o = one_on(46, place, config.clone(), hypervisor.clone()).await;
     o.scribble(4, 99);
+    o.done(Verb::Snapshot, &[("name", "noon")]).await;
+    o.scribble(4, 100);
     o.done(Verb::PowerOn, &[]).await;
     o.agent.kill().await;
     o.agent = o.place.start_on(&o.network, config.clone(), hypervisor.clone()).await;
     o.controller.beat(vec![]);
     event(&mut o.controller, "store-attached").await;
-    assert_eq!(o.byte(4), 99);
+    assert_eq!(o.byte(4), 100);
     o.agent.stop(Stop::Keep).await.unwrap();
     o.agent = o.place.start_on(&o.network, config.clone(), hypervisor).await;
     o.controller.beat(vec![]);
-    assert_eq!(o.byte(4), 99);
+    assert_eq!(o.byte(4), 100);
     assert!(o.agent.store().audit().is_exact());
     o.done(Verb::PowerOff, &[]).await;
+    // the named snapshot came over, too
+    o.done(Verb::Restore, &[("name", "noon")]).await;
+    assert_eq!(o.byte(4), 99);
+    o.done(Verb::DestroyVolumes, &[]).await;
+    assert!(o.agent.store().snapshots().is_empty());
     o.agent.stop(Stop::Orderly).await.unwrap();
     let left = std::fs::read_dir(config.run_dir.join("store")).map_or(0, Iterator::count);
     assert_eq!(left, 0, "the machine has its memory back");

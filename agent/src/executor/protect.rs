@@ -176,7 +176,13 @@ impl Work {
                 })
                 .collect(),
         };
-        let volumes = cut.disks.into_iter().map(|(d, s)| (d.volume, s)).collect();
+        let volumes: Vec<_> = cut.disks.into_iter().map(|(d, s)| (d.volume, s)).collect();
+        if keep.is_none() {
+            // so that the next run finds it with the volumes
+            for (volume, snapshot) in &volumes {
+                self.host.volumes.store.keep_snapshot(snapshot, *volume, &name)?;
+            }
+        }
         let set = SnapshotSet::new(taken_us, volumes, keep);
         self.host.inventory.update(entry.record.vm, |e| {
             e.snapshots.insert(name, set);

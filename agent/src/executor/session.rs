@@ -67,7 +67,7 @@ impl Work {
         } else if before == DomainState::Saved {
             self.host.machines.call(Lane::Vm(vm), "discard saved memory", move |h| h.discard_saved(vm)).await?;
         }
-        self.host.inventory.update(vm, |e| e.snapshots.clear());
+        self.host.clear_snapshots(vm);
 
         let mut roles = vec![DiskRole::System];
         if lost_data.is_some() {
@@ -199,7 +199,7 @@ impl Work {
             contents.push((disk.volume, self.fetch_disk(disk, backup.id).await?));
         }
         let record = self.next_generation(&entry.record, &in_it).await?;
-        self.host.inventory.update(vm, |e| e.snapshots.clear());
+        self.host.clear_snapshots(vm);
         self.put_all(&record, contents).await?;
         let record = self.renew_applications(&record).await?;
         self.define(&record).await?;
@@ -259,7 +259,7 @@ impl Work {
 
     pub(super) async fn destroy_volumes(&self) -> Result<Done, Failure> {
         let entry = self.entry()?;
-        self.host.inventory.update(entry.record.vm, |e| e.snapshots.clear());
+        self.host.clear_snapshots(entry.record.vm);
         let record = entry.record.clone();
         self.blocking(move |host| {
             for disk in &record.disks {

@@ -82,13 +82,17 @@ fn mount_ours(kind: &str, path: &Path, options: &std::ffi::CStr) -> rustix::io::
 
 impl Directory {
     /// Opens or makes the directory. The second value is true when it holds what an earlier process left.
-    pub(crate) fn open(path: &Path, pages: Pages) -> Result<(Directory, bool), StoreError> {
+    pub(crate) fn open(path: &Path, pages: Pages, budget: u64) -> Result<(Directory, bool), StoreError> {
         let failed = |action| move |source| StoreError::Memory { action, path: path.to_owned(), source };
         fs::DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed("make directory"))?;
         if !path.join(HEADER).exists() && !is_mount_point(path) {
             // without the right to mount it has to lie in memory already
-            let mounted = pages != Pages::Small || !is_in_memory(path);
-            let mounted = mounted && Self::mount_tmpfs(path);
+            let small = match pages {
+                Pages::Small => true,
+                Pages::Auto => budget < LEAST_FOR_HUGE,
+                Pages::Transparent | Pages::Huge => false,
+            };
+            let mounted = !(small && is_in_memory(path)) && Self::mount_tmpfs(path);
             if !mounted && !is_in_memory(path) {
                 return Err(StoreError::NotInMemory { path: path.to_owned() });
             }

@@ -434,7 +434,7 @@ impl Store {
         let (memory, left) = match &config.directory {
             None => (Memory::Private, false),
             Some(path) => {
-                let (directory, left) = Directory::open(path, config.pages)?;
+                let (directory, left) = Directory::open(path, config.pages, budget.bytes())?;
                 (Memory::Shared(directory), left)
             }
         };
