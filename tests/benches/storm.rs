@@ -17,7 +17,7 @@
 //!
 //! All files are taken out of the page cache before each run. Runs are interleaved; a row is the round with the median
 //! rate. A scan stops after [`SCAN_LIMIT`] (slow peers would take minutes), the row then says how much of it was read;
-//! nothing else changes, since the rate is requests over time. "Slowest/fastest" divides the best client's rate by the
+//! its rate is then that of the disk's front part, which may hold more data than the rest. "Slowest/fastest" divides the best client's rate by the
 //! worst one's. Disk bytes are those the server processes caused to be read (`/proc/<pid>/io`), "busy" is the part of
 //! all processors' time that was not idle.
 
