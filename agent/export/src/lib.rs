@@ -55,6 +55,7 @@ mod server;
 mod session;
 pub mod statistics;
 mod throttle;
+pub mod trace;
 pub mod transmission;
 mod transport;
 pub mod vhost;
