@@ -1,5 +1,7 @@
 //! Reads the arguments of an order; what is wrong with them is said in a way an operator can act upon.
 
+use std::time::Duration;
+
 use muster_common::{ByteLen, Digest, ErrorCode};
 use muster_idl::arguments::{TemplateSpec, name};
 
@@ -31,6 +33,11 @@ pub enum ShutdownPolicy {
     PowerOff,
 }
 
+/// `vdc` to `vdz`.
+pub const MOST_APPLICATIONS: usize = 24;
+/// A snapshot that is to go by itself goes within a day.
+const KEEP_LIMIT_SECONDS: u64 = 24 * 3600;
+
 /// A template whose fields were checked.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Template {
@@ -38,6 +45,8 @@ pub struct Template {
     pub image: Digest,
     pub memory: ByteLen,
     pub data: Option<ByteLen>,
+    /// Digest and name of each application image, in the order of their disks.
+    pub applications: Vec<(Digest, String)>,
     pub kernel: Option<Digest>,
     pub initrd: Option<Digest>,
 }
@@ -73,7 +82,25 @@ pub fn check_template(spec: TemplateSpec) -> Result<Template, ArgumentError> {
     if data.is_some_and(|d| d.bytes() == 0 || !d.bytes().is_multiple_of(4096)) {
         return Err(wrong("the data volume's size has to be a multiple of 4096 bytes".into()));
     }
-    Ok(Template { image, memory: ByteLen(spec.memory_bytes), data, kernel, initrd, spec })
+    if spec.applications.len() > MOST_APPLICATIONS {
+        let count = spec.applications.len();
+        return Err(wrong(format!("{count} application images: at most {MOST_APPLICATIONS} are possible")));
+    }
+    let mut applications: Vec<(Digest, String)> = Vec::new();
+    for application in &spec.applications {
+        let image = digest("application image", &application.image)?;
+        if applications.iter().any(|(other, _)| *other == image) {
+            return Err(wrong(format!("application image {} is named twice", image.short())));
+        }
+        applications.push((image, application.image_name.clone()));
+    }
+    Ok(Template { image, memory: ByteLen(spec.memory_bytes), data, applications, kernel, initrd, spec })
+}
+
+/// The target of the `n`th application's disk, from 0.
+pub fn application_target(n: usize) -> String {
+    let letter = u8::try_from(n).ok().and_then(|n| b'c'.checked_add(n)).map_or('?', char::from);
+    format!("vd{letter}")
 }
 
 /// Names become file names and libvirt domain names.
@@ -145,6 +172,17 @@ pub fn snapshot_name(order: &Order) -> Result<String, ArgumentError> {
         return Err(ArgumentError::new(name::NAME, "at most 100 bytes without control characters"));
     }
     Ok(name.to_string())
+}
+
+/// How long a snapshot is kept after somebody last read of it; `None`: until it is cleared.
+pub fn keep(order: &Order) -> Result<Option<Duration>, ArgumentError> {
+    let Some(text) = order.argument(name::KEEP_SECONDS).filter(|text| !text.is_empty()) else { return Ok(None) };
+    match text.parse::<u64>() {
+        Ok(seconds) if (1..=KEEP_LIMIT_SECONDS).contains(&seconds) => Ok(Some(Duration::from_secs(seconds))),
+        _ => {
+            Err(ArgumentError::new(name::KEEP_SECONDS, format!("{text:?} is no number from 1 to {KEEP_LIMIT_SECONDS}")))
+        }
+    }
 }
 
 /// Backup id, or `None` for the latest.
@@ -235,6 +273,11 @@ mod tests {
         assert!(source(&order(&[("source", "file:///etc")])).is_err());
         assert_eq!(backup(&order(&[])).unwrap(), None);
         assert!(backup(&order(&[("backup", "newest")])).is_err());
+        assert_eq!(keep(&order(&[])).unwrap(), None);
+        assert_eq!(keep(&order(&[("keep_seconds", "60")])).unwrap(), Some(Duration::from_secs(60)));
+        for bad in ["0", "-1", "soon", "86401"] {
+            assert!(keep(&order(&[("keep_seconds", bad)])).is_err(), "{bad}");
+        }
     }
 
     #[test]
@@ -250,6 +293,21 @@ mod tests {
             assert!(template(&order(&[("template", &value_of.to_string())])).is_err(), "{field}");
         }
         assert!(template(&order(&[("template", "{}")])).unwrap_err().to_string().contains("name"));
+        let application =
+            |image: &str| muster_idl::arguments::ApplicationSpec { image: image.into(), image_name: "tools@1".into() };
+        let with = |images: &[&str]| {
+            let applications = images.iter().map(|i| application(i)).collect();
+            check_template(TemplateSpec { applications, ..good.clone() })
+        };
+        let other = "cd".repeat(32);
+        assert_eq!(with(&[&image, &other]).unwrap().applications[1].1, "tools@1");
+        assert!(with(&["abc"]).unwrap_err().to_string().contains("application image"));
+        assert!(with(&[&other, &other]).unwrap_err().to_string().contains("twice"));
+        let many: Vec<String> = (0..25).map(|n| format!("{n:064x}")).collect();
+        assert!(
+            with(&many.iter().map(String::as_str).collect::<Vec<_>>()).unwrap_err().to_string().contains("at most 24")
+        );
+        assert_eq!((application_target(0), application_target(23)), ("vdc".into(), "vdz".into()));
     }
 
     #[test]

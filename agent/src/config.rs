@@ -2,13 +2,17 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
+    num::NonZeroU64,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use muster_bus::BusConfig;
 use muster_common::{ByteLen, config::ConfigError};
+use muster_export::Limits;
 use serde::{Deserialize, Serialize};
+
+use crate::records::Transport;
 
 /// Prefix of the environment variables that set keys: `MUSTER_AGENT_STORE__BUDGET=8GiB`.
 pub const ENVIRONMENT_PREFIX: &str = "MUSTER_AGENT";
@@ -48,6 +52,8 @@ pub struct Config {
     pub parallel_commands: usize,
     pub store: StoreSection,
     #[serde(default)]
+    pub export: ExportSection,
+    #[serde(default)]
     pub hypervisor: HypervisorSection,
     #[serde(default)]
     pub stream: StreamSection,
@@ -65,6 +71,9 @@ pub struct StoreSection {
     pub budget: ByteLen,
     #[serde(default)]
     pub pages: PageChoice,
+    /// The store's memory outlives the process.
+    #[serde(default = "yes")]
+    pub survive: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,12 +87,61 @@ pub enum PageChoice {
     Hugetlb,
 }
 
+/// How the disks of VMs are served, from each VM's next cold start on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExportSection {
+    pub transport: TransportChoice,
+    /// Of a vhost-user disk; 0: one a processor of the VM, at most [`ExportSection::MOST_QUEUES_BY_ITSELF`].
+    pub queues: u16,
+    /// Requests a second of one disk; 0: as many as it can.
+    pub iops: u64,
+    /// Bytes a second of one disk; 0: as many as it can.
+    pub bandwidth: ByteLen,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TransportChoice {
+    #[default]
+    VhostUser,
+    Nbd,
+}
+
+impl ExportSection {
+    /// Each queue has a thread on the host: beyond a few they only take turns.
+    pub const MOST_QUEUES_BY_ITSELF: u16 = 4;
+
+    /// What each export is told.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            requests_per_second: NonZeroU64::new(self.iops),
+            bytes_per_second: NonZeroU64::new(self.bandwidth.bytes()),
+            ..Limits::default()
+        }
+    }
+
+    /// For a VM of so many processors.
+    pub fn transport(&self, processors: u32) -> Transport {
+        match (self.transport, self.queues) {
+            (TransportChoice::Nbd, _) => Transport::Nbd,
+            (TransportChoice::VhostUser, 0) => {
+                let queues = processors.clamp(1, u32::from(Self::MOST_QUEUES_BY_ITSELF));
+                Transport::VhostUser { queues: queues as u16 }
+            }
+            (TransportChoice::VhostUser, queues) => Transport::VhostUser { queues },
+        }
+    }
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HypervisorSection {
     /// Empty: the embedded QEMU driver below `run_dir`. "none": no VMs.
     pub uri: String,
     pub accelerator: AcceleratorChoice,
+    /// Guests' memory on huge pages that the operator reserved.
+    pub huge_pages: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,6 +251,8 @@ pub enum CheckError {
     StateDir { path: PathBuf },
     #[error("use parallel_commands = 0: at least one command has to run")]
     NoParallel,
+    #[error("use export.queues = {queues}: 0 to {most} are possible", most = muster_virt::DiskTransport::MAX_QUEUES)]
+    Queues { queues: u16 },
     #[error("use host name {name:?}: 1 to 64 letters, digits, dots and hyphens")]
     Name { name: String },
 }
@@ -220,7 +280,8 @@ impl Config {
             run_dir: run_dir.into(),
             force_stop: false,
             parallel_commands: default_parallel(),
-            store: StoreSection { budget, pages: PageChoice::Auto },
+            store: StoreSection { budget, pages: PageChoice::Auto, survive: false },
+            export: ExportSection::default(),
             hypervisor: HypervisorSection { uri: "none".into(), ..HypervisorSection::default() },
             stream: StreamSection { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None },
             backup: BackupSection::default(),
@@ -245,6 +306,9 @@ impl Config {
         }
         if self.parallel_commands == 0 {
             return Err(CheckError::NoParallel);
+        }
+        if self.export.queues > muster_virt::DiskTransport::MAX_QUEUES {
+            return Err(CheckError::Queues { queues: self.export.queues });
         }
         if let Some(name) = &self.name {
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
@@ -278,6 +342,17 @@ impl Config {
         self.run_dir.join("nbd.sock")
     }
 
+    /// Where the store's memory lies, so that it outlives the process.
+    pub fn store_directory(&self) -> PathBuf {
+        self.run_dir.join("store")
+    }
+
+    /// Where the vhost-user sockets are, one for each disk. 37 bytes and the generation follow: run_dir may have 44, a
+    /// socket's path 107.
+    pub fn disk_sockets(&self) -> PathBuf {
+        self.run_dir.join("vu")
+    }
+
     /// The control socket of `muster-agent stop` and `status`.
     pub fn control_socket(&self) -> PathBuf {
         self.run_dir.join("ctl.sock")
@@ -286,6 +361,8 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use muster_common::VolumeId;
+
     use super::*;
 
     #[test]
@@ -336,11 +413,35 @@ mod tests {
             Config { run_dir: format!("/{}", "x".repeat(60)).into(), ..good.clone() },
             Config { state_dir: "relative".into(), ..good.clone() },
             Config { parallel_commands: 0, ..good.clone() },
+            Config { export: ExportSection { queues: 65, ..good.export }, ..good.clone() },
             Config { name: Some("a b".into()), ..good.clone() },
         ];
         for config in bad {
             assert!(config.check().is_err(), "{config:?}");
         }
+    }
+
+    #[test]
+    fn queues_are_one_a_processor_up_to_a_few_unless_said_otherwise() {
+        let mut export = ExportSection::default();
+        let queues = |export: &ExportSection, processors| match export.transport(processors) {
+            Transport::VhostUser { queues } => queues,
+            Transport::Nbd => 0,
+        };
+        assert_eq!([0, 1, 3, 64].map(|n| queues(&export, n)), [1, 1, 3, 4]);
+        export.queues = 2;
+        assert_eq!(queues(&export, 1), 2);
+        export.transport = TransportChoice::Nbd;
+        assert_eq!(export.transport(1), Transport::Nbd);
+    }
+
+    #[test]
+    fn the_longest_socket_of_a_disk_fits() {
+        let config = Config::minimal("/s", format!("/{}", "r".repeat(MAX_RUN_DIR_LENGTH - 1)), ByteLen::gib(1));
+        config.check().unwrap();
+        // a generation a second for a thousand years
+        let path = config.disk_sockets().join(format!("{}.31536000000", VolumeId::random().uuid().simple()));
+        assert!(path.as_os_str().len() <= 107, "{}", path.display());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The control socket: how `muster-agent stop` and `muster-agent status` talk to the running agent of this machine.
 //!
 //! A unix socket in `run_dir`, mode 0600. One JSON line in, one JSON line out, then it is closed:
-//! `{"stop":{"force":false}}` -> `{"ok":true}` or `{"ok":false,"code":"in-use","message":"…"}`; `{"status":{}}` -> `{"ok":true,
+//! `{"stop":{"force":false,"keep":false}}` -> `{"ok":true}` or `{"ok":false,"code":"in-use","message":"…"}`; `{"status":{}}` -> `{"ok":true,
 //! "status":{…}}`.
 
 use std::{io, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
@@ -28,7 +28,12 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
-    Stop { force: bool },
+    Stop {
+        force: bool,
+        /// Leave VMs and volumes to the next start.
+        #[serde(default)]
+        keep: bool,
+    },
     Status {},
 }
 
@@ -58,7 +63,12 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// Answers until `stop`. A granted stop is passed on through `stopping`.
-pub async fn serve(host: Arc<Host>, listener: UnixListener, stopping: watch::Sender<bool>, stop: CancellationToken) {
+pub async fn serve(
+    host: Arc<Host>,
+    listener: UnixListener,
+    stopping: watch::Sender<Option<Stop>>,
+    stop: CancellationToken,
+) {
     loop {
         let stream = tokio::select! {
             () = stop.cancelled() => return,
@@ -77,20 +87,26 @@ pub async fn serve(host: Arc<Host>, listener: UnixListener, stopping: watch::Sen
     }
 }
 
-async fn answer(host: &Arc<Host>, stream: UnixStream, stopping: &watch::Sender<bool>) -> io::Result<()> {
+async fn answer(host: &Arc<Host>, stream: UnixStream, stopping: &watch::Sender<Option<Stop>>) -> io::Result<()> {
     let mut reader = BufReader::new(stream.take(LIMIT));
     let mut line = String::new();
     patiently(reader.read_line(&mut line)).await?;
     let mut stream = reader.into_inner().into_inner();
-    let mut granted = false;
+    let mut granted = None;
     let reply = match serde_json::from_str::<Request>(&line) {
         Err(e) => refusal(ErrorCode::InvalidArgument, format!("not a request: {e}")),
         Ok(Request::Status {}) => Reply { ok: true, code: None, message: String::new(), status: Some(status(host)) },
         // takes as long as pausing the VMs does: one left off half-way would leave them paused and the agent running
-        Ok(Request::Stop { force }) => {
-            match prepare_stop(host, if force { Stop::Force } else { Stop::Orderly }).await {
+        Ok(Request::Stop { force, keep }) => {
+            let how = match (force, keep) {
+                (_, true) => Stop::Keep,
+                (true, false) => Stop::Force,
+                (false, false) => Stop::Orderly,
+            };
+            match prepare_stop(host, how).await {
                 Ok(remark) => {
-                    granted = true;
+                    // looked at already: it is not to be refused for what happens in between
+                    granted = Some(if keep { Stop::Keep } else { Stop::Force });
                     Reply { ok: true, code: None, message: remark, status: None }
                 }
                 Err(refused) => refusal(ErrorCode::InUse, refused.to_string()),
@@ -100,9 +116,9 @@ async fn answer(host: &Arc<Host>, stream: UnixStream, stopping: &watch::Sender<b
     let mut text = serde_json::to_string(&reply).map_err(io::Error::other)?;
     text.push('\n');
     let sent = patiently(stream.write_all(text.as_bytes())).await;
-    if granted {
+    if granted.is_some() {
         // the agent may be going already: then nobody listens
-        let _ = stopping.send(true);
+        let _ = stopping.send(granted);
     }
     sent
 }

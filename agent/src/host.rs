@@ -11,7 +11,7 @@ use std::{
 use muster_backup::Backups;
 use muster_bus::Bus;
 use muster_common::{Chain, Clock, Digest, HostId, Incarnation, VmId};
-use muster_virt::{Boot, Console, DiskSpec, DomainSpec, NicSpec};
+use muster_virt::{Boot, Console, DiskSpec, DiskTransport, DomainSpec, HypervisorKind, NicSpec};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
@@ -20,15 +20,17 @@ use crate::{
     arguments::{Template, check_template},
     boot::BootFiles,
     config::Config,
+    executor::Failure,
     identity::DrainMark,
     images::Images,
     inventory::Inventory,
     machines::Machines,
+    memory::Fate,
     presence::Presence,
-    records::{Records, VmRecord},
+    records::{DiskRecord, PausedBy, RecordError, Records, Transport, VmRecord},
     telemetry::Beat,
     voice::Voice,
-    volumes::Volumes,
+    volumes::{VolumeError, Volumes},
 };
 
 /// See the module.
@@ -43,12 +45,15 @@ pub struct Host {
     pub clock: Arc<dyn Clock>,
     pub bus: Bus,
     pub volumes: Volumes,
+    pub store_fate: Fate,
     /// Why there are no backups, when there are none.
     pub backups: Result<Backups, String>,
     pub machines: Machines,
     pub inventory: Inventory,
     pub aftercare: Aftercare,
     pub records: Records,
+    /// Held while a record that exists is changed, on disk and in the inventory: two changes at once would undo each other.
+    pub record_changes: Mutex<()>,
     pub draining: DrainMark,
     pub images: Images,
     pub boot_files: BootFiles,
@@ -65,6 +70,14 @@ pub struct Host {
 }
 
 impl Host {
+    /// Forgets the named snapshots of a VM.
+    pub fn clear_snapshots(&self, vm: VmId) {
+        if let Some(entry) = self.inventory.get(vm) {
+            entry.record.disks.iter().for_each(|disk| self.volumes.forget_snapshots(disk.volume));
+        }
+        self.inventory.update(vm, |entry| entry.snapshots.clear());
+    }
+
     pub fn now_us(&self) -> u64 {
         self.clock.now_us()
     }
@@ -81,9 +94,8 @@ impl Host {
     }
 
     /// The domain for a VM as its record is now.
-    pub fn domain(&self, record: &VmRecord) -> Result<DomainSpec, crate::arguments::ArgumentError> {
+    pub fn domain(&self, record: &VmRecord) -> Result<DomainSpec, Failure> {
         let template = check_template(record.template.clone())?;
-        let socket = self.config.export_socket();
         let boot = match &template.kernel {
             None => Boot::Disk,
             Some(kernel) => Boot::Direct {
@@ -96,21 +108,86 @@ impl Host {
         let mut spec = DomainSpec::new(record.vm, record.name.clone(), template.memory, boot, self.machines.accel());
         spec.vcpus = template.spec.vcpus;
         spec.max_vcpus = template.spec.vcpus;
+        spec.huge_pages = self.config.hypervisor.huge_pages;
         spec.vnc_socket = Some(self.vnc_socket(record.vm));
         spec.console = Console::Socket { path: self.console_socket(record.vm), log: Some(self.log_path(record.vm)) };
         spec.nics = template.spec.bridge.iter().map(|b| NicSpec { bridge: b.clone(), mac: None }).collect();
         spec.disks = record
             .disks
             .iter()
-            .map(|disk| DiskSpec {
-                target: disk.target.clone(),
-                export_socket: socket.clone(),
-                export_name: disk.export_name(),
-                read_only: false,
-                serial: Some(disk.volume.uuid().simple().to_string()[..20].to_string()),
+            .map(|disk| {
+                Ok(DiskSpec {
+                    target: disk.target.clone(),
+                    transport: self.disk_transport(disk)?,
+                    // over vhost-user the export says so
+                    read_only: disk.is_read_only(),
+                    // what a vhost-user export says of itself, too
+                    serial: Some(disk.volume.uuid().simple().to_string()[..20].to_string()),
+                })
             })
-            .collect();
+            .collect::<Result<_, VolumeError>>()?;
         Ok(spec)
+    }
+
+    /// Changes a VM's record, durably, and then what is shown of it; `None` when there is no such VM (any more). Blocks for a
+    /// write to disk.
+    pub fn change_record(&self, vm: VmId, change: impl FnOnce(&mut VmRecord)) -> Result<Option<VmRecord>, RecordError> {
+        let _alone = self.record_changes.lock();
+        let Some(mut record) = self.inventory.get(vm).map(|e| e.record) else { return Ok(None) };
+        let before = record.clone();
+        change(&mut record);
+        if record != before {
+            self.records.save(&record)?;
+            let shown = record.clone();
+            self.inventory.update(vm, |e| e.record = shown);
+        }
+        Ok(Some(record))
+    }
+
+    /// Forgets a VM, durably. Blocks for a write to disk.
+    pub fn forget_record(&self, vm: VmId) -> Result<(), RecordError> {
+        let _alone = self.record_changes.lock();
+        self.records.remove(vm)?;
+        self.inventory.remove(vm);
+        Ok(())
+    }
+
+    /// Notes who paused a VM, or that nobody did; false when that could not be written.
+    pub async fn mark_paused(self: &Arc<Self>, vm: VmId, by: Option<PausedBy>) -> bool {
+        let Some(entry) = self.inventory.get(vm) else { return true };
+        if entry.no_space && by.is_none() {
+            self.inventory.update(vm, |e| e.no_space = false);
+        }
+        if entry.record.paused_by == by {
+            return true;
+        }
+        let host = Arc::clone(self);
+        let changed = tokio::task::spawn_blocking(move || host.change_record(vm, |record| record.paused_by = by)).await;
+        match changed {
+            Ok(Ok(_)) => true,
+            Ok(Err(e)) => {
+                self.complain("who paused a VM was not recorded", &e);
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
+    fn disk_transport(&self, disk: &DiskRecord) -> Result<DiskTransport, VolumeError> {
+        Ok(match disk.transport {
+            Transport::Nbd => {
+                DiskTransport::Nbd { socket: self.config.export_socket(), export_name: disk.export_name() }
+            }
+            Transport::VhostUser { queues } => DiskTransport::VhostUser { socket: self.volumes.socket(disk)?, queues },
+        })
+    }
+
+    /// How disks of a VM that starts now are to be served. Where there is no QEMU nobody would come to a socket.
+    pub fn wanted_transport(&self, processors: u32) -> Transport {
+        match self.machines.info().map(|info| info.kind) {
+            Some(HypervisorKind::QemuEmbedded | HypervisorKind::QemuSystem) => self.config.export.transport(processors),
+            Some(HypervisorKind::LibvirtTest | HypervisorKind::Simulator) | None => Transport::Nbd,
+        }
     }
 
     /// Digests of boot files some VM needs.

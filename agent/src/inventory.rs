@@ -1,23 +1,74 @@
 //! The VMs of this host as they are known at this moment: what they are made of (records), what the hypervisor said last,
 //! whether the guest answers. Telemetry takes copies; nobody holds the lock while calling anything.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use muster_cim::{EnabledState, condition_of};
-use muster_common::VmId;
+use muster_common::{VmId, VolumeId};
 use muster_idl::v1::{VirtualDisk, VirtualSystem};
+use muster_repository::{RepositoryError, source::SourceError};
 use muster_store::{Snapshot, Store};
 use muster_virt::{DomainState, DomainStatus, StateReason};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::{machines::enabled_state, records::VmRecord};
+use crate::{
+    chunks::ChunkTable,
+    machines::enabled_state,
+    records::{PausedBy, VmRecord},
+};
 
-/// A named point in time of all volumes of a VM. In memory only.
+/// A named point in time of a VM's own volumes. In memory only.
 #[derive(Clone)]
 pub struct SnapshotSet {
     pub taken_us: u64,
-    pub volumes: Vec<(muster_common::VolumeId, Snapshot)>,
+    pub volumes: Vec<(VolumeId, Snapshot)>,
+    /// Goes when nobody has read of it for so long; none: it stays.
+    pub keep: Option<Duration>,
+    /// When somebody read of it last, shared by the clones.
+    read_us: Arc<AtomicU64>,
+    /// Names of the volumes' chunks, once somebody has asked for them.
+    tables: Arc<Mutex<BTreeMap<VolumeId, Arc<ChunkTable>>>>,
+}
+
+impl SnapshotSet {
+    pub fn new(taken_us: u64, volumes: Vec<(VolumeId, Snapshot)>, keep: Option<Duration>) -> Self {
+        let read_us = Arc::new(AtomicU64::new(taken_us));
+        Self { taken_us, volumes, keep, read_us, tables: Arc::default() }
+    }
+
+    pub fn volume(&self, id: VolumeId) -> Option<&Snapshot> {
+        self.volumes.iter().find(|(volume, _)| *volume == id).map(|(_, snapshot)| snapshot)
+    }
+
+    /// Somebody reads of it.
+    pub fn touch(&self, now_us: u64) {
+        self.read_us.fetch_max(now_us, Ordering::Relaxed);
+    }
+
+    pub fn is_over(&self, now_us: u64) -> bool {
+        let idle = now_us.saturating_sub(self.read_us.load(Ordering::Relaxed));
+        self.keep.is_some_and(|keep| u128::from(idle) > keep.as_micros())
+    }
+
+    /// Blocks while the volume is read, the first time. Who comes meanwhile waits for the same.
+    pub fn chunks(&self, volume: VolumeId) -> Result<Arc<ChunkTable>, RepositoryError> {
+        let mut tables = self.tables.lock();
+        if let Some(table) = tables.get(&volume) {
+            return Ok(table.clone());
+        }
+        let snapshot = self.volume(volume).ok_or(SourceError::Empty)?;
+        let table = Arc::new(ChunkTable::of(snapshot)?);
+        tables.insert(volume, table.clone());
+        Ok(table)
+    }
 }
 
 /// What is known of one VM.
@@ -38,6 +89,8 @@ pub struct Entry {
     /// Counts reboots the hypervisor told of.
     pub reboots: u64,
     pub snapshots: BTreeMap<String, SnapshotSet>,
+    /// The last I/O error of its disks was that there was no room; until it is resumed.
+    pub no_space: bool,
 }
 
 impl Entry {
@@ -55,6 +108,7 @@ impl Entry {
             changed_us: now_us,
             reboots: 0,
             snapshots: BTreeMap::new(),
+            no_space: false,
         }
     }
 
@@ -118,6 +172,19 @@ impl Inventory {
         self.changed.notify_waiters();
     }
 
+    /// Drops snapshots that were to go when nobody reads of them any more. Their memory is given back after the lock.
+    pub fn drop_idle_snapshots(&self, now_us: u64) {
+        let mut over = Vec::new();
+        for entry in self.entries.lock().values_mut() {
+            let names: Vec<String> =
+                entry.snapshots.iter().filter(|(_, set)| set.is_over(now_us)).map(|(name, _)| name.clone()).collect();
+            over.extend(names.iter().filter_map(|name| entry.snapshots.remove(name)));
+        }
+        if !over.is_empty() {
+            tracing::debug!(snapshots = over.len(), "snapshots nobody reads of any more were dropped");
+        }
+    }
+
     /// Takes in what the hypervisor says of one VM.
     pub fn observe(&self, now_us: u64, status: &DomainStatus) -> Option<Change> {
         let mut entries = self.entries.lock();
@@ -160,11 +227,16 @@ pub fn is_there(disk: &crate::records::DiskRecord, store: &Store) -> bool {
 pub fn virtual_system(entry: &Entry, store: &Store, host: &str, incarnation: &str, now_us: u64) -> VirtualSystem {
     let record = &entry.record;
     let lost = is_lost(record, store);
-    let failed = lost || entry.state == DomainState::Crashed || entry.reason == StateReason::IoError;
+    let failed = lost
+        || entry.state == DomainState::Crashed
+        || entry.reason == StateReason::IoError
+        || record.paused_by == Some(PausedBy::Space);
     let state = entry.shown_state();
     let (health, status) = condition_of(state, failed);
     let remark = if lost {
         "a volume was lost with the agent's memory: restore it, or reset its session".to_string()
+    } else if record.paused_by == Some(PausedBy::Space) {
+        "paused: its disk needs memory and the store is full; it goes on when there is some".to_string()
     } else if entry.reason == StateReason::IoError {
         "paused: a disk failed".to_string()
     } else {

@@ -170,6 +170,7 @@ pub const fn code_of(kind: HypervisorErrorKind) -> ErrorCode {
         HypervisorErrorKind::Busy => ErrorCode::Timeout,
         HypervisorErrorKind::AgentUnavailable | HypervisorErrorKind::GuestFailed => ErrorCode::GuestAgent,
         HypervisorErrorKind::InvalidSpec => ErrorCode::InvalidArgument,
+        HypervisorErrorKind::DiskUnavailable => ErrorCode::Unavailable,
         _ => ErrorCode::Hypervisor,
     }
 }

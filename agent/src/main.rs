@@ -49,6 +49,9 @@ enum Verb {
         /// Pauses VMs whose volumes are attached instead of refusing. Their volumes are lost.
         #[arg(long)]
         force: bool,
+        /// Leaves VMs and volumes as they are: the next start goes on with them. For upgrades.
+        #[arg(long, conflicts_with = "force")]
+        keep: bool,
     },
     /// Says what the running agent of this run directory is doing, as JSON.
     Status,
@@ -93,7 +96,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
             logging::init(config.log.format);
             runtime.block_on(serve(config)).map(|()| ExitCode::SUCCESS)
         }
-        Verb::Stop { force } => runtime.block_on(ask(&config, &Request::Stop { force })),
+        Verb::Stop { force, keep } => runtime.block_on(ask(&config, &Request::Stop { force, keep })),
         Verb::Status => runtime.block_on(ask(&config, &Request::Status {})),
         Verb::Config => {
             config.check()?;
@@ -120,11 +123,13 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     let mut agent = Agent::start(config, Deps::default()).await?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut keep = signal(SignalKind::user_defined1())?;
     let mut last_interrupt: Option<tokio::time::Instant> = None;
     loop {
         let how = tokio::select! {
             // granted already
-            () = agent.stop_requested() => Stop::Force,
+            how = agent.stop_requested() => how,
+            _ = keep.recv() => Stop::Keep,
             _ = terminate.recv() => Stop::Orderly,
             _ = interrupt.recv() => {
                 let now = tokio::time::Instant::now();

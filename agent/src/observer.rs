@@ -33,6 +33,7 @@ pub async fn watch_states(host: Arc<Host>, stop: CancellationToken) {
             _ = tick.tick() => {}
             () = host.inventory.look.notified() => {}
         }
+        host.inventory.drop_idle_snapshots(host.now_us());
         if host.machines.missing().is_some() {
             continue;
         }
@@ -121,7 +122,11 @@ pub fn follow_events(host: &Host, events: &Receiver<HypervisorEvent>, stop: &Can
                         e.reboots += 1;
                         e.guest_up = false;
                     }),
-                    HypervisorEvent::IoError { vm, disk } => {
+                    // said by `mend`, once
+                    HypervisorEvent::IoError { vm, no_space: true, .. } => {
+                        host.inventory.update(vm, |e| e.no_space = true);
+                    }
+                    HypervisorEvent::IoError { vm, disk, no_space: false } => {
                         let text = format!("disk {disk} failed and the VM was paused");
                         let about = About { vm: vm.to_string(), ..About::default() };
                         host.voice.event(Severity::Error, "vm-io-error", text, about);

@@ -1,7 +1,8 @@
 //! What this host knows of its VMs across restarts: one JSON file a VM in `state_dir/vms`, replaced atomically.
 //!
-//! A record says what a VM is made of; whether its volumes' contents are there, the store says. So after a restart the
-//! records are all there and every volume is lost, until it is restored or made anew.
+//! A record says what a VM is made of; whether its volumes' contents are there, the store says. After a restart of the
+//! agent they are, as a rule; after one of the machine the records are all there and every volume is lost, until it is
+//! restored or made anew.
 
 use std::{
     fs, io,
@@ -22,6 +23,8 @@ const VERSION: u32 = 1;
 pub enum DiskRole {
     System,
     Data,
+    /// A read-only clone of an image: nothing in it is the VM's own, so it is neither snapshot nor backed up.
+    Application,
 }
 
 impl DiskRole {
@@ -29,14 +32,36 @@ impl DiskRole {
         match self {
             Self::System => "system",
             Self::Data => "data",
+            Self::Application => "application",
         }
     }
+}
+
+/// How a disk is served. In the record, because a QEMU that runs keeps to it whatever the configuration says meanwhile.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    /// On the one NBD socket, by export name. What records that do not say were made with.
+    #[default]
+    Nbd,
+    /// On a vhost-user socket of its own. The number of queues must be the same after each restart.
+    VhostUser { queues: u16 },
+}
+
+/// Who paused a VM that runs otherwise. In the record: nobody else is to resume it, after a restart of the agent either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PausedBy {
+    /// A command. Only a command resumes it.
+    Command,
+    /// The agent, or a disk: a volume had no memory left to write to. It is resumed when there is some.
+    Space,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DiskRecord {
     pub role: DiskRole,
-    /// `vda`, `vdb`.
+    /// `vda`, `vdb`; applications from `vdc` on.
     pub target: String,
     pub volume: VolumeId,
     /// Written here before a volume of this generation exists: no generation is ever used for two contents.
@@ -44,9 +69,15 @@ pub struct DiskRecord {
     pub size: ByteLen,
     /// Image it is a clone of; none: it began blank.
     pub image: Option<Digest>,
+    #[serde(default)]
+    pub transport: Transport,
 }
 
 impl DiskRecord {
+    pub fn is_read_only(&self) -> bool {
+        self.role == DiskRole::Application
+    }
+
     /// Export names are by volume and generation, never by a VM's name.
     pub fn export_name(&self) -> String {
         format!("{}.{}", self.volume, self.generation)
@@ -61,11 +92,22 @@ pub struct VmRecord {
     pub template: TemplateSpec,
     pub disks: Vec<DiskRecord>,
     pub created_at_us: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_by: Option<PausedBy>,
 }
 
 impl VmRecord {
     pub fn new(vm: VmId, name: String, template: TemplateSpec, disks: Vec<DiskRecord>, now_us: u64) -> Self {
-        Self { version: VERSION, vm, name, template, disks, created_at_us: now_us }
+        Self { version: VERSION, vm, name, template, disks, created_at_us: now_us, paused_by: None }
+    }
+
+    /// Disks that hold something of the VM's own.
+    pub fn own_disks(&self) -> impl Iterator<Item = &DiskRecord> {
+        self.disks.iter().filter(|d| !d.is_read_only())
+    }
+
+    pub fn applications(&self) -> impl Iterator<Item = &DiskRecord> {
+        self.disks.iter().filter(|d| d.is_read_only())
     }
 
     pub fn disk(&self, role: DiskRole) -> Option<&DiskRecord> {
@@ -174,6 +216,7 @@ pub(crate) mod tests {
             vcpus: 1,
             memory_bytes: 256 << 20,
             data_volume_bytes: Some(64 << 20),
+            applications: Vec::new(),
             boot: Default::default(),
             bridge: None,
         }
@@ -187,9 +230,39 @@ pub(crate) mod tests {
             generation: 1,
             size: ByteLen::mib(64),
             image: None,
+            transport: Transport::default(),
         };
         let disks = vec![disk(DiskRole::System, "vda"), disk(DiskRole::Data, "vdb")];
         VmRecord::new(VmId::random(), name.into(), template("x"), disks, 1)
+    }
+
+    #[test]
+    fn a_record_of_before_transports_is_one_of_nbd_disks() {
+        let mut record = record("a");
+        record.disks[0].transport = Transport::VhostUser { queues: 2 };
+        record.paused_by = Some(PausedBy::Space);
+        let mut value = serde_json::to_value(&record).unwrap();
+        assert_eq!(value["disks"][0]["transport"]["vhost-user"]["queues"], 2);
+        assert_eq!(serde_json::from_value::<VmRecord>(value.clone()).unwrap(), record);
+        for disk in value["disks"].as_array_mut().unwrap() {
+            disk.as_object_mut().unwrap().remove("transport");
+        }
+        value.as_object_mut().unwrap().remove("paused_by");
+        let old: VmRecord = serde_json::from_value(value).unwrap();
+        assert_eq!((old.disks[0].transport, old.paused_by), (Transport::Nbd, None));
+    }
+
+    #[test]
+    fn a_record_written_before_there_were_applications_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = record("old");
+        let mut value = serde_json::to_value(&old).unwrap();
+        assert!(value["template"].get("applications").is_none(), "a template without any is written as before");
+        value["template"]["later"] = 1.into();
+        fs::create_dir_all(dir.path().join("vms")).unwrap();
+        fs::write(dir.path().join("vms/old.json"), value.to_string()).unwrap();
+        let (_, good, bad) = Records::open(dir.path()).unwrap();
+        assert_eq!((good, bad.len()), (vec![old], 0));
     }
 
     #[test]

@@ -7,6 +7,11 @@
 //! | GET `/bulk/v1/vms/{vm}/console` | `Upgrade: muster-stream`: the serial port, raw bytes both ways |
 //! | GET `/bulk/v1/vms/{vm}/vnc` | the same, RFB |
 //! | GET `/bulk/v1/volumes/{volume}/export` | the volume as it is at this moment, raw |
+//! | GET `/bulk/v1/vms/{vm}/snapshots/{name}/{volume}/manifest` | the manifest of a volume in a snapshot (as the controller's stream endpoint gives one of an image) |
+//! | POST `/bulk/v1/vms/{vm}/snapshots/{name}/{volume}/chunks`, body: up to 256 digests of 32 bytes | for each in order: length (u32, little-endian), bytes |
+//!
+//! The last two are how a volume becomes an image of the controller's: it orders the snapshot over DDS (with `keep_seconds`,
+//! so that it goes by itself), reads which chunks there are, and fetches those it lacks.
 //!
 //! Lab mode: whoever reaches the port may read. Certificates come with a later version.
 
@@ -15,24 +20,29 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Path, Request, State},
+    extract::{DefaultBodyLimit, Path, Request, State},
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use bytes::Bytes;
 use hyper_util::rt::TokioIo;
 use muster_block::BlockDevice;
-use muster_common::{Chain, ErrorCode, VmId, VolumeId};
+use muster_common::{Chain, Digest, ErrorCode, VmId, VolumeId};
 use muster_virt::Lane;
 use serde_json::json;
 use tokio::net::{TcpListener, UnixStream};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{accounting, host::Host, machines::code_of};
+use crate::{accounting, host::Host, inventory::SnapshotSet, machines::code_of};
 
 /// The protocol name in `Upgrade`.
 pub const UPGRADE: &str = "muster-stream";
+const DIGEST_LEN: usize = 32;
+/// Digests in one request: 256 × 64 KiB = 16 MiB in an answer. The controller's own limit.
+const CHUNKS_LIMIT: usize = 256;
+/// Chunks read ahead of the network, for each request.
+const READ_AHEAD: usize = 8;
 /// Bytes of a volume read and sent at once.
 const PIECE: usize = 1 << 20;
 
@@ -81,6 +91,9 @@ pub async fn serve(host: Arc<Host>, listener: TcpListener, stop: CancellationTok
         .route("/bulk/v1/vms/{vm}/console", get(console))
         .route("/bulk/v1/vms/{vm}/vnc", get(vnc))
         .route("/bulk/v1/volumes/{volume}/export", get(export))
+        .route("/bulk/v1/vms/{vm}/snapshots/{name}/{volume}/manifest", get(snapshot_manifest))
+        .route("/bulk/v1/vms/{vm}/snapshots/{name}/{volume}/chunks", post(snapshot_chunks))
+        .layer(DefaultBodyLimit::max(CHUNKS_LIMIT * DIGEST_LEN))
         .with_state(server);
     let served = axum::serve(listener, router).with_graceful_shutdown({
         let stop = stop.clone();
@@ -199,6 +212,90 @@ async fn export(State(server): State<Server>, Path(volume): Path<String>) -> Res
     let headers =
         [(header::CONTENT_TYPE, "application/octet-stream".to_string()), (header::CONTENT_LENGTH, size.to_string())];
     Ok((headers, body).into_response())
+}
+
+fn invalid(text: impl std::fmt::Display) -> Problem {
+    Problem(StatusCode::BAD_REQUEST, ErrorCode::InvalidArgument, text.to_string())
+}
+
+/// A snapshot, and which of its volumes is meant.
+fn snapshot_of(server: &Server, vm: &str, name: &str, volume: &str) -> Result<(SnapshotSet, VolumeId), Problem> {
+    let vm = known(server, vm)?;
+    let volume: VolumeId = volume.parse().map_err(invalid)?;
+    let gone = || not_found(format!("VM {vm} has no snapshot {name:?} (any more)"));
+    let set = server.host.inventory.get(vm).and_then(|entry| entry.snapshots.get(name).cloned()).ok_or_else(gone)?;
+    set.touch(server.host.now_us());
+    if set.volume(volume).is_none() {
+        return Err(not_found(format!("no volume {volume} in snapshot {name:?}")));
+    }
+    Ok((set, volume))
+}
+
+async fn snapshot_manifest(
+    State(server): State<Server>,
+    Path((vm, name, volume)): Path<(String, String, String)>,
+) -> Result<Response, Problem> {
+    let (set, volume) = snapshot_of(&server, &vm, &name, &volume)?;
+    let table = set.clone();
+    let read = server.streams.spawn_blocking(move || table.chunks(volume)).await;
+    // reading a large volume takes a while: the time it is kept begins now
+    set.touch(server.host.now_us());
+    match read {
+        Ok(Ok(table)) => Ok(table.manifest().to_vec().into_response()),
+        Ok(Err(e)) => Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, e.code(), Chain(&e).to_string())),
+        Err(e) => Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::Internal, format!("read a snapshot: {e}"))),
+    }
+}
+
+async fn snapshot_chunks(
+    State(server): State<Server>,
+    Path((vm, name, volume)): Path<(String, String, String)>,
+    wanted: Bytes,
+) -> Result<Response, Problem> {
+    let (set, volume) = snapshot_of(&server, &vm, &name, &volume)?;
+    if wanted.is_empty() || !wanted.len().is_multiple_of(DIGEST_LEN) {
+        return Err(invalid(format!("the body must be 1 to {CHUNKS_LIMIT} digests of {DIGEST_LEN} bytes")));
+    }
+    let digests: Vec<Digest> = wanted
+        .chunks_exact(DIGEST_LEN)
+        .filter_map(|bytes| <[u8; DIGEST_LEN]>::try_from(bytes).ok().map(Digest::from_bytes))
+        .collect();
+    let lookup = set.clone();
+    let table = match server.streams.spawn_blocking(move || lookup.chunks(volume)).await {
+        Ok(Ok(table)) => table,
+        Ok(Err(e)) => return Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, e.code(), Chain(&e).to_string())),
+        Err(e) => {
+            let text = format!("read a snapshot: {e}");
+            return Err(Problem(StatusCode::INTERNAL_SERVER_ERROR, ErrorCode::Internal, text));
+        }
+    };
+    // an answer that has begun can only break off: what is missing is said before
+    if let Some(missing) = digests.iter().find(|digest| !table.has(digest)) {
+        return Err(not_found(format!("no chunk {missing} in snapshot {name:?}")));
+    }
+    let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(READ_AHEAD);
+    let host = server.host.clone();
+    server.streams.spawn_blocking(move || {
+        let Some(snapshot) = set.volume(volume) else { return };
+        for digest in &digests {
+            let frame = table.read(snapshot, digest).map(|bytes| {
+                let mut frame = Vec::with_capacity(4 + bytes.len());
+                frame.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+                frame.extend_from_slice(&bytes);
+                Bytes::from(frame)
+            });
+            if let Err(e) = &frame {
+                tracing::error!(chunk = %digest, err = %Chain(e), "a chunk of a snapshot cannot be read");
+            }
+            let failed = frame.is_err();
+            // the receiver goes when the client does
+            if sender.blocking_send(frame.map_err(std::io::Error::other)).is_err() || failed {
+                break;
+            }
+        }
+        set.touch(host.now_us());
+    });
+    Ok(Body::from_stream(tokio_stream::wrappers::ReceiverStream::new(receiver)).into_response())
 }
 
 /// What the host topic says: as configured, else by what it listens on.

@@ -1,27 +1,32 @@
 //! Puts the agent together and takes it apart again.
 //!
-//! Start: check configuration, lock the state directory, open ledger and records, open store and exports, hypervisor, adopt
-//! what runs, join the bus, then listen and obey.
+//! Start: check configuration, lock the state directory, open ledger and records, open the store (as an earlier run left it,
+//! if it can be) and offer the disks of every VM whose volumes are there: their guests wait for it. Only then what takes
+//! time: hypervisor, bus. Then adopt what runs, listen and obey.
 //!
 //! Shutdown order, each step joined before the next:
 //! 1. `control`, `stream`: nobody new comes in; open streams end.
 //! 2. `driver`: no new command is begun; what runs gets `stop_ms`, the rest is read back by the next run. Then what
 //!    outlives its order (`aftercare`) gets as long again.
-//! 3. `listen`, `watch_states`, `watch_guests`, `nudge`, thread `agent-events`.
+//! 3. `listen`, `watch_states`, `watch_guests`, `mend`, `nudge`, thread `agent-events`.
 //! 4. thread `agent-telemetry` (its last word: shutting down), then `beat`.
 //! 5. thread `agent-voice`: says what is queued.
 //! 6. `libvirt-*` threads: what waits is given up, what runs gets `stop_ms`.
-//! 7. `nbd-*` threads: exports end. From here on guests are without disks.
-//! 8. the state directory's lock, by drop.
+//! 7. `nbd-*` and `vu-*` threads: exports end. From here on guests are without disks.
+//! 8. the store: given back to the machine, unless the next run is to find it (see [`crate::stop`]).
+//! 9. the state directory's lock, by drop.
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration, time::Instant};
 
 use muster_backup::Backups;
 use muster_bus::{Bus, BusError};
 use muster_common::{Chain, Clock, ErrorCode, HostId, Incarnation, SystemClock};
-use muster_export::{ExportCatalog, NbdConfig, NbdServer, Registry, ServerError};
+use muster_export::{
+    ExportCatalog, NbdConfig, NbdServer, Registry, ServerError,
+    vhost::{VhostConfig, VhostError, VhostServer},
+};
 use muster_idl::v1::Severity;
-use muster_store::{Pages, Store, StoreConfig, StoreError};
+use muster_store::{Attached, Store, StoreError};
 use muster_virt::{DomainState, Hypervisor, Lane};
 use parking_lot::Mutex;
 use tokio::{
@@ -32,17 +37,18 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     boot::BootFiles,
-    config::{CheckError, Config, PageChoice},
+    config::{CheckError, Config},
     control,
     dispatcher::Dispatcher,
     driver::Driver,
     host::Host,
     identity::{DrainMark, Identity, IdentityError},
     images::{Images, PullError},
-    inventory::{Entry, Inventory, is_lost},
+    inventory::{Entry, Inventory, SnapshotSet, is_lost},
     ledger::{Ledger, LedgerError},
     machines::Machines,
-    observer,
+    memory::{self, Fate, Memory},
+    mend, observer,
     presence::Presence,
     records::{RecordError, Records, VmRecord},
     stop::{Stop, StopRefused, prepare_stop},
@@ -61,12 +67,14 @@ pub struct Deps {
     pub bus: Option<Bus>,
     /// `None`: as configured.
     pub hypervisor: Option<Arc<dyn Hypervisor>>,
+    /// `None`: as configured. One that is given is taken as an earlier run left it, and left as it is at the end.
+    pub store: Option<Store>,
     pub clock: Arc<dyn Clock>,
 }
 
 impl Default for Deps {
     fn default() -> Self {
-        Self { bus: None, hypervisor: None, clock: Arc::new(SystemClock) }
+        Self { bus: None, hypervisor: None, store: None, clock: Arc::new(SystemClock) }
     }
 }
 
@@ -93,6 +101,8 @@ pub enum StartError {
     },
     #[error("serve disks")]
     Export(#[from] ServerError),
+    #[error("serve disks")]
+    Sockets(#[from] VhostError),
     #[error("listen for streams on {address}: is another agent or service there? Set stream.listen")]
     Listen {
         address: SocketAddr,
@@ -120,7 +130,9 @@ impl StartError {
             Self::Http(e) => e.code(),
             Self::Export(ServerError::InUse(_)) => ErrorCode::AddressInUse,
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => ErrorCode::AddressInUse,
-            Self::Directory { .. } | Self::Export(_) | Self::Listen { .. } | Self::Thread { .. } => ErrorCode::Io,
+            Self::Directory { .. } | Self::Export(_) | Self::Sockets(_) | Self::Listen { .. } | Self::Thread { .. } => {
+                ErrorCode::Io
+            }
             Self::Bus(e) => e.code(),
         }
     }
@@ -129,7 +141,7 @@ impl StartError {
 /// A running agent. Ends in [`Agent::stop`]; dropped without it, it is as if it had been killed, but for its threads.
 pub struct Agent {
     host: Arc<Host>,
-    stopping: watch::Receiver<bool>,
+    stopping: watch::Receiver<Option<Stop>>,
     /// In the order of the module's list.
     doors: (CancellationToken, Vec<Task<()>>),
     driver: (CancellationToken, Task<()>),
@@ -173,16 +185,8 @@ impl Agent {
         make_directory("make console directory", config.state_dir.join("console"))?;
         let boot_files = BootFiles::choose(&config.run_dir, identity.host);
 
-        let pages = match config.store.pages {
-            PageChoice::Auto => Pages::Auto,
-            PageChoice::Small => Pages::Small,
-            PageChoice::Thp => Pages::Transparent,
-            PageChoice::Hugetlb => Pages::Huge,
-        };
-        let store = Store::open(StoreConfig { budget: config.store.budget, pages })?;
-        let registry = Arc::new(Registry::new());
-        let catalog: Arc<dyn ExportCatalog> = registry.clone();
-        let exports = NbdServer::start(NbdConfig::unix(config.export_socket()), catalog)?;
+        let Memory { store, attached, fate } = memory::open(&config, deps.store)?;
+        let (volumes, exports) = serve_disks(&config, store, &known)?;
         let listen = |source| StartError::Listen { address: config.stream.listen, source };
         let listener = tokio::net::TcpListener::bind(config.stream.listen).await.map_err(listen)?;
         let stream_address = listener.local_addr().map_err(listen)?;
@@ -231,13 +235,15 @@ impl Agent {
             name,
             started_us: now,
             bus: bus.clone(),
-            images: Images::new(store.clone(), config.timeouts.http())?,
-            volumes: Volumes { store, exports: registry },
+            images: Images::new(volumes.store.clone(), config.timeouts.http())?,
+            volumes,
+            store_fate: fate,
             backups,
             machines,
             inventory: Inventory::default(),
             aftercare: Default::default(),
             records,
+            record_changes: Mutex::default(),
             draining: DrainMark::new(&config.state_dir),
             boot_files,
             presence: Mutex::new(Presence::new(identity.host, identity.incarnation, silence, clock.now_us())),
@@ -249,12 +255,23 @@ impl Agent {
             clock,
             config,
         });
-        adopt(&host, known).await;
+        adopt(&host, known, unreadable.is_empty()).await;
+        match attached {
+            Attached::Fresh(None) => {}
+            Attached::Fresh(Some(why)) => tracing::warn!(reason = why, "what an earlier run left cannot be used"),
+            Attached::Warm(report) => {
+                let stats = host.volumes.store.stats();
+                let text =
+                    format!("{} volumes and {} images are as the earlier run left them", stats.volumes, stats.images);
+                tracing::info!(took_ms = report.took.as_millis() as u64, "{text}");
+                host.voice.event(Severity::Info, "store-attached", text, About::default());
+            }
+        }
 
         let mut dispatcher = Dispatcher::new(host.id, host.incarnation, host.config.parallel_commands);
         let first = dispatcher.recover(host.now_us(), entries);
         let (awaiting_in, awaiting) = mpsc::channel(64);
-        let (stopping_in, stopping) = watch::channel(false);
+        let (stopping_in, stopping) = watch::channel(None);
 
         let (doors, driving, watching, telling) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
@@ -292,6 +309,7 @@ impl Agent {
             tokio::spawn(observer::listen(h(), controllers, hearts, awaiting_in, watching.clone())),
             tokio::spawn(observer::watch_states(h(), watching.clone())),
             tokio::spawn(observer::watch_guests(h(), watching.clone())),
+            tokio::spawn(mend::watch(h(), watching.clone())),
             tokio::spawn(telemetry::nudge(h(), wake_in, watching.clone())),
         ];
         let beat = tokio::spawn(telemetry::beat(h(), heartbeat, beats_asked, telling.clone()));
@@ -348,13 +366,21 @@ impl Agent {
         self.host.config.export_socket()
     }
 
-    /// Returns when somebody was granted a stop through the control socket. Cancel-safe.
-    pub async fn stop_requested(&self) {
+    /// Names of the disks that are offered, however they are served.
+    pub fn exports(&self) -> Vec<String> {
+        self.host.volumes.exports.exports().iter().map(|export| export.name().to_string()).collect()
+    }
+
+    /// Returns when somebody was granted a stop through the control socket, with what to stop by. Cancel-safe.
+    pub async fn stop_requested(&self) -> Stop {
         let mut stopping = self.stopping.clone();
-        if stopping.wait_for(|stop| *stop).await.is_err() {
-            // the control socket is gone: nobody can ask any more
-            std::future::pending::<()>().await;
+        if let Ok(how) = stopping.wait_for(Option::is_some).await.map(|how| *how)
+            && let Some(how) = how
+        {
+            return how;
         }
+        // the control socket is gone: nobody can ask any more
+        std::future::pending().await
     }
 
     /// Stops, or says why not and runs on; see [`crate::stop`].
@@ -362,7 +388,7 @@ impl Agent {
         match prepare_stop(&self.host, how).await {
             Err(refused) => Err((self, refused)),
             Ok(_) => {
-                self.take_apart(true).await;
+                self.take_apart(if how == Stop::Keep { Ending::Keep } else { Ending::GiveBack }).await;
                 Ok(())
             }
         }
@@ -376,11 +402,12 @@ impl Agent {
         self.host.aftercare.finish(Duration::ZERO).await;
         self.driver.1.abort();
         self.telemetry.2.abort();
-        self.take_apart(false).await;
+        self.take_apart(Ending::Killed).await;
     }
 
-    async fn take_apart(self, orderly: bool) {
+    async fn take_apart(self, ending: Ending) {
         let host = self.host;
+        let orderly = ending != Ending::Killed;
         let grace = if orderly { host.config.timeouts.stop() } else { Duration::ZERO };
         // 1
         self.doors.0.cancel();
@@ -401,7 +428,11 @@ impl Agent {
         }
         // 4
         if orderly {
-            host.voice.event(Severity::Info, "agent-stopped", "the agent stops in order", About::default());
+            let text = match ending {
+                Ending::Keep => "the agent stops and leaves VMs and volumes to the next one",
+                Ending::GiveBack | Ending::Killed => "the agent stops in order",
+            };
+            host.voice.event(Severity::Info, "agent-stopped", text, About::default());
         }
         self.telemetry.0.cancel();
         join_thread("agent-telemetry", self.telemetry.1).await;
@@ -417,15 +448,58 @@ impl Agent {
             tracing::warn!(calls = stuck, "hypervisor calls were still running at the end");
         }
         // 7
-        let exports = self.exports;
-        blocking(move || exports.stop()).await;
-        if orderly {
+        let (exports, volumes) = (self.exports, host.volumes.clone());
+        blocking(move || {
+            volumes.close_sockets();
+            exports.stop();
+        })
+        .await;
+        // 8
+        if ending == Ending::GiveBack {
             host.boot_files.leave();
+            if host.store_fate == Fate::Stays {
+                host.volumes.store.clone().discard();
+            }
         }
         // another agent may be coming up on it: only a dead socket's file is in its way, and it replaces that
         let _ = std::fs::remove_file(host.config.control_socket());
         tracing::info!(host = %host.id, orderly, "agent stopped");
     }
+}
+
+/// What becomes of memory and exports at the end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// The machine gets the memory back.
+    GiveBack,
+    /// The next run finds it.
+    Keep,
+    /// As by SIGKILL.
+    Killed,
+}
+
+/// Offers what is there of the disks of known VMs, then opens the doors: a QEMU that comes at once finds its disk.
+fn serve_disks(config: &Config, store: Store, known: &[VmRecord]) -> Result<(Volumes, NbdServer), StartError> {
+    let began = Instant::now();
+    let registry = Arc::new(Registry::new());
+    let catalog: Arc<dyn ExportCatalog> = registry.clone();
+    let sockets = VhostServer::start(VhostConfig::new(config.disk_sockets()), Arc::clone(&catalog))?;
+    let limits = config.export.limits();
+    let volumes = Volumes { store, exports: registry, sockets: Arc::new(sockets), limits };
+    let mut offered = 0;
+    for record in known {
+        match volumes.offer_again(record) {
+            Ok(true) => offered += 1,
+            Ok(false) => {}
+            // the other VMs do not wait for this one
+            Err(e) => tracing::error!(vm = %record.vm, err = %Chain(&e), "disks of a VM are not offered again"),
+        }
+    }
+    let nbd = NbdServer::start(NbdConfig::unix(config.export_socket()), catalog)?;
+    if offered > 0 {
+        tracing::info!(vms = offered, took_us = began.elapsed().as_micros() as u64, "their disks are offered again");
+    }
+    Ok((volumes, nbd))
 }
 
 /// Blocking work of start and stop, whose panic is ours.
@@ -449,9 +523,10 @@ async fn join_thread(what: &'static str, thread: JoinHandle<()>) {
     }
 }
 
-/// Takes over what an earlier run left: its VMs run on, or stand paused because their disks are gone. Their volumes were in
-/// its memory and are lost; so that no guest goes on without its disk, what still runs is paused.
-async fn adopt(host: &Host, known: Vec<VmRecord>) {
+/// Takes over what an earlier run left. Its VMs run on, on the disks that are offered again by now; what a disk paused
+/// meanwhile is resumed by [`crate::mend`]. A VM whose volumes are lost is paused if it still runs, so that no guest goes on
+/// without its disk.
+async fn adopt(host: &Host, known: Vec<VmRecord>, all_read: bool) {
     let listed = match host.machines.missing() {
         Some(_) => Vec::new(),
         None => match host.machines.call(Lane::Host, "list", |h| h.list()).await {
@@ -466,6 +541,9 @@ async fn adopt(host: &Host, known: Vec<VmRecord>) {
     for status in listed.iter().filter(|s| s.ours && !known.iter().any(|r| r.vm == s.vm)) {
         tracing::warn!(vm = %status.vm, name = status.name, "a machine of ours without a record, left alone");
     }
+    if all_read {
+        sweep(host, &known).await;
+    }
     for record in known {
         let vm = record.vm;
         let status = listed.iter().find(|s| s.vm == vm);
@@ -473,8 +551,12 @@ async fn adopt(host: &Host, known: Vec<VmRecord>) {
         if let Some(status) = status {
             entry.reason = status.reason;
         }
+        for (name, (taken_us, volumes)) in host.volumes.kept_snapshots(&record.disks) {
+            entry.snapshots.insert(name, SnapshotSet::new(taken_us, volumes, None));
+        }
         host.inventory.insert(entry);
         if !is_lost(&record, &host.volumes.store) {
+            tracing::info!(vm = %vm, name = record.name, "adopted with its volumes");
             continue;
         }
         if status.is_some_and(|s| s.state == DomainState::Running) {
@@ -489,5 +571,19 @@ async fn adopt(host: &Host, known: Vec<VmRecord>) {
         tracing::warn!(vm = %vm, name = record.name, "adopted; its volumes were lost with the earlier run's memory");
         let text = format!("{}: its volumes were lost with the earlier run's memory", record.name);
         host.voice.event(Severity::Error, "volume-lost", text, About { vm: vm.to_string(), ..About::default() });
+    }
+}
+
+/// Deletes volumes that no VM has: what a restore had read beside the disks when the earlier run ended. Not called when a
+/// record could not be read, whose volumes would look like those.
+async fn sweep(host: &Host, known: &[VmRecord]) {
+    let store = &host.volumes.store;
+    let named = |id| known.iter().any(|record| record.disks.iter().any(|disk| disk.volume == id));
+    for volume in store.volumes().into_iter().map(|volume| volume.id()).filter(|id| !named(*id)) {
+        let store = store.clone();
+        match blocking(move || store.delete_volume(volume)).await {
+            Ok(()) => tracing::info!(vol = %volume, "a volume that no VM has was deleted"),
+            Err(e) => tracing::warn!(vol = %volume, err = %Chain(&e), "a volume that no VM has stayed"),
+        }
     }
 }

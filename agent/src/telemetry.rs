@@ -10,13 +10,13 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use crossbeam_channel::{Receiver, RecvTimeoutError};
 use muster_bus::{Bus, BusError, Publisher};
 use muster_cim::{Changes, EnabledState, HealthState, OperationalStatus};
-use muster_common::{Chain, VmId};
+use muster_common::{ByteLen, Chain, VmId};
 use muster_export::Operation;
 use muster_idl::{
     Topic,
-    v1::{Heartbeat, HostMetrics, PhysicalHost, StoreImage, StoreState, VirtualSystem, VmMetrics},
+    v1::{Heartbeat, HostMetrics, PhysicalHost, Severity, StoreImage, StoreState, VirtualSystem, VmMetrics},
 };
-use muster_virt::{DomainStats, Lane};
+use muster_virt::{DomainStats, HypervisorKind, Lane};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
@@ -24,6 +24,8 @@ use crate::{
     host::Host,
     inventory::{Entry, virtual_system},
     sampling::Sampler,
+    voice::About,
+    watermark::{Crossing, Watermark},
 };
 
 const PERIOD: Duration = Duration::from_secs(1);
@@ -101,6 +103,7 @@ pub struct Telemetry {
     previous: BTreeMap<VmId, (u64, u64)>,
     /// Statistics asked for and not there yet: no second call meanwhile.
     asked: Option<Receiver<muster_virt::Result<Vec<DomainStats>>>>,
+    watermark: Watermark,
 }
 
 impl Telemetry {
@@ -116,6 +119,7 @@ impl Telemetry {
             system_changes: Changes::new(REFRESH),
             previous: BTreeMap::new(),
             asked: None,
+            watermark: Watermark::default(),
             host,
         })
     }
@@ -149,7 +153,17 @@ impl Telemetry {
         let metrics = self.sampler.host_metrics(&host.id.to_string(), now, host.inventory.running());
         publish(&self.metrics, &metrics);
         publish(&self.store, &store_state(&host, now));
+        self.watermark();
         self.vm_metrics(now);
+    }
+
+    /// What is left counts, not what is taken: the store keeps freed memory for a while.
+    fn watermark(&mut self) {
+        let stats = self.host.volumes.store.stats();
+        let used = ByteLen(stats.budget.bytes().saturating_sub(stats.available_bytes.bytes()));
+        if let Some(crossing) = self.watermark.observe(used.bytes(), stats.budget.bytes()) {
+            tell_watermark(&self.host, crossing, used, stats.budget);
+        }
     }
 
     fn systems(&mut self) {
@@ -253,6 +267,25 @@ fn publish<T: Topic>(publisher: &Publisher<T>, sample: &T) -> bool {
     }
 }
 
+fn tell_watermark(host: &Host, crossing: Crossing, used: ByteLen, budget: ByteLen) {
+    let (severity, kind, text) = match crossing {
+        Crossing::Above(mark) => {
+            let severity = if mark >= 95 { Severity::Error } else { Severity::Warning };
+            let text = format!(
+                "{mark} % of the store's budget are in use ({used} of {budget}): when it is used up, VMs that write \
+                 stand still. Drop images, reset sessions, delete VMs, or raise store.budget"
+            );
+            (severity, "store-filling", text)
+        }
+        Crossing::Below(mark) => {
+            let text = format!("less than {mark} % of the store's budget are in use again ({used} of {budget})");
+            (Severity::Info, "store-has-room", text)
+        }
+    };
+    tracing::warn!(used = used.bytes(), budget = budget.bytes(), kind, "the store passed a mark");
+    host.voice.event(severity, kind, text, About::default());
+}
+
 /// The store as a topic sample.
 pub fn store_state(host: &Host, now_us: u64) -> StoreState {
     let stats = host.volumes.store.stats();
@@ -294,10 +327,10 @@ fn vm_sample(host: &Host, entry: &Entry, stat: &DomainStats, before: Option<(u64
         (Some(all), Some(usable)) => all.bytes().saturating_sub(usable.bytes()),
         _ => 0,
     };
-    // our exports count every kind of disk; what they count begins with the export, not with the VM's start
+    // our exports count every kind of disk, libvirt not all; what they count begins with the export, not with the VM's start
     let (mut reads, mut writes, mut read_bytes, mut written_bytes) = (0, 0, 0, 0);
     for disk in &entry.record.disks {
-        if let Some(statistics) = host.volumes.exports.statistics(&disk.export_name()) {
+        if let Some(statistics) = host.volumes.export(disk).map(|export| export.statistics()) {
             let (r, w) = (statistics.of(Operation::Read), statistics.of(Operation::Write));
             reads += r.requests;
             writes += w.requests;
@@ -305,7 +338,8 @@ fn vm_sample(host: &Host, entry: &Entry, stat: &DomainStats, before: Option<(u64
             written_bytes += w.bytes;
         }
     }
-    if reads + writes == 0 {
+    if host.machines.info().is_some_and(|info| info.kind == HypervisorKind::Simulator) {
+        // its guests have no disks of ours
         for block in &stat.block {
             reads += block.read_requests;
             writes += block.write_requests;

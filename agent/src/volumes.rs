@@ -1,16 +1,20 @@
 //! Volumes of VMs: made in the store, offered as exports, taken away again. Synchronous; called off the runtime's threads.
 //!
 //! Order, so that no generation is ever used for two contents and no export shows another volume's bytes:
-//! record the generation durably -> make the volume -> offer the export; the other way round to take away.
+//! record the generation durably -> make the volume -> offer the export; the other way round to take away. Offering a disk
+//! over vhost-user makes its socket, which has to be there before QEMU is started.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use muster_block::BlockDevice;
-use muster_common::{Digest, ErrorCode, VmId, VolumeId};
-use muster_export::{Registry, RegistryError};
-use muster_store::{Store, StoreError, Volume, VolumeSpec};
+use muster_common::{Chain, Digest, ErrorCode, VmId, VolumeId};
+use muster_export::{
+    Export, Limits, Registry, RegistryError,
+    vhost::{VhostError, VhostServer},
+};
+use muster_store::{Snapshot, Store, StoreError, Volume, VolumeSpec};
 
-use crate::records::{DiskRecord, RecordError};
+use crate::records::{DiskRecord, RecordError, Transport, VmRecord};
 
 /// How long a session may take to end before its socket is cut; and again after that.
 const GRACE: Duration = Duration::from_secs(2);
@@ -37,6 +41,13 @@ pub enum VolumeError {
         #[source]
         source: RegistryError,
     },
+    #[error("{action} disk socket of {name}")]
+    Socket {
+        action: &'static str,
+        name: String,
+        #[source]
+        source: VhostError,
+    },
     #[error("volume {volume} of VM {vm} is lost")]
     Lost { vm: VmId, volume: VolumeId },
     #[error(transparent)]
@@ -48,7 +59,8 @@ impl VolumeError {
         match self {
             Self::Make { source, .. } | Self::Change { source, .. } => source.code(),
             Self::Export { source: RegistryError::Busy { .. }, .. } => ErrorCode::InUse,
-            Self::Export { .. } => ErrorCode::Internal,
+            Self::Socket { source: VhostError::Busy(_), .. } => ErrorCode::InUse,
+            Self::Export { .. } | Self::Socket { .. } => ErrorCode::Internal,
             Self::Lost { .. } => ErrorCode::VolumeLost,
             Self::Record(e) => e.code(),
         }
@@ -59,18 +71,22 @@ impl VolumeError {
 #[derive(Clone)]
 pub struct Volumes {
     pub store: Store,
+    /// Every disk that is offered, however it is served.
     pub exports: Arc<Registry>,
+    /// The sockets of those that are served over vhost-user.
+    pub sockets: Arc<VhostServer>,
+    /// What one disk may do a second.
+    pub limits: Limits,
 }
 
 impl Volumes {
     /// Makes what a disk says: a clone of its image or blank. Not offered yet.
     pub fn make(&self, disk: &DiskRecord) -> Result<Arc<Volume>, VolumeError> {
         let spec = VolumeSpec {
-            id: disk.volume,
             generation: disk.generation,
             base: disk.image,
-            size: Some(disk.size),
-            read_only: false,
+            read_only: disk.is_read_only(),
+            ..VolumeSpec::blank(disk.volume, disk.size)
         };
         self.store.create_volume(spec).map_err(|source| VolumeError::Make { volume: disk.volume, source })
     }
@@ -85,22 +101,88 @@ impl Volumes {
         let volume = self.find(disk).ok_or(VolumeError::Lost { vm, volume: disk.volume })?;
         let name = disk.export_name();
         match self.exports.add(name.clone(), volume as Arc<dyn BlockDevice>) {
-            Ok(_) | Err(RegistryError::Exists(_)) => Ok(()),
-            Err(source) => Err(VolumeError::Export { action: "offer", name, source }),
+            Ok(export) => export.set_limits(self.limits),
+            Err(RegistryError::Exists(_)) => {}
+            Err(source) => return Err(VolumeError::Export { action: "offer", name, source }),
         }
+        if disk.transport == Transport::Nbd {
+            return Ok(());
+        }
+        match self.sockets.serve(&name) {
+            Ok(_) | Err(VhostError::Exists(_)) => Ok(()),
+            Err(source) => Err(VolumeError::Socket { action: "make", name, source }),
+        }
+    }
+
+    /// Offers what is there of a VM's disks: nothing of one that has lost a volume, which must not go on.
+    pub fn offer_again(&self, record: &VmRecord) -> Result<bool, VolumeError> {
+        if record.disks.iter().any(|disk| self.find(disk).is_none()) {
+            return Ok(false);
+        }
+        record.disks.iter().try_for_each(|disk| self.offer(record.vm, disk)).map(|()| true)
+    }
+
+    /// Where a disk's vhost-user socket is, or will be.
+    pub fn socket(&self, disk: &DiskRecord) -> Result<PathBuf, VolumeError> {
+        let name = disk.export_name();
+        self.sockets.socket_path(&name).map_err(|source| VolumeError::Socket { action: "name", name, source })
+    }
+
+    pub fn export(&self, disk: &DiskRecord) -> Option<Arc<Export>> {
+        self.exports.get(&disk.export_name())
+    }
+
+    /// A write of the guest is held because there is no memory for it.
+    pub fn waits_for_space(&self, disk: &DiskRecord) -> bool {
+        self.export(disk).is_some_and(|export| export.waiting_for_space())
     }
 
     /// Takes the export away and waits until nobody uses the volume.
     pub fn withdraw(&self, disk: &DiskRecord) -> Result<(), VolumeError> {
         let name = disk.export_name();
+        match self.sockets.withdraw(&name, GRACE) {
+            Ok(()) | Err(VhostError::Unknown(_)) => {}
+            Err(source) => return Err(VolumeError::Socket { action: "take away", name, source }),
+        }
         match self.exports.remove(&name, GRACE) {
             Ok(()) | Err(RegistryError::Unknown(_)) => Ok(()),
             Err(source) => Err(VolumeError::Export { action: "withdraw", name, source }),
         }
     }
 
+    /// Takes every vhost-user socket away; whoever is connected waits for the next run.
+    pub fn close_sockets(&self) {
+        for name in self.sockets.served().into_keys() {
+            match self.sockets.withdraw(&name, GRACE) {
+                Ok(()) | Err(VhostError::Unknown(_)) => {}
+                Err(e) => tracing::warn!(export = name, err = %Chain(&e), "a disk socket was not closed in time"),
+            }
+        }
+    }
+
+    /// Takes the kept snapshots of a volume off the store's books.
+    pub fn forget_snapshots(&self, volume: VolumeId) {
+        for kept in self.store.snapshots().into_iter().filter(|kept| kept.volume == volume) {
+            // somebody else forgot it meanwhile
+            let _ = self.store.drop_snapshot(kept.id);
+        }
+    }
+
+    /// The snapshots of these disks that an earlier run kept, by name: when they were taken, and of which volumes.
+    pub fn kept_snapshots(&self, disks: &[DiskRecord]) -> BTreeMap<String, (u64, Vec<(VolumeId, Snapshot)>)> {
+        let mut sets: BTreeMap<String, (u64, Vec<(VolumeId, Snapshot)>)> = BTreeMap::new();
+        for kept in self.store.snapshots().into_iter().filter(|kept| disks.iter().any(|d| d.volume == kept.volume)) {
+            if let Some(snapshot) = self.store.snapshot(kept.id) {
+                let set = sets.entry(kept.label).or_insert((kept.kept_us, Vec::new()));
+                set.1.push((kept.volume, snapshot));
+            }
+        }
+        sets
+    }
+
     /// Withdraws and deletes; an absent volume is fine.
     pub fn destroy(&self, disk: &DiskRecord) -> Result<(), VolumeError> {
+        self.forget_snapshots(disk.volume);
         self.withdraw(disk)?;
         match self.store.delete_volume(disk.volume) {
             Ok(()) | Err(StoreError::VolumeNotFound(_)) => Ok(()),
@@ -137,18 +219,53 @@ impl Volumes {
 mod tests {
     use muster_block::WriteFlags;
     use muster_common::ByteLen;
+    use muster_export::vhost::VhostConfig;
     use muster_store::StoreConfig;
 
     use super::*;
     use crate::records::DiskRole;
 
-    fn volumes() -> Volumes {
-        Volumes { store: Store::open(StoreConfig::new(ByteLen::mib(64))).unwrap(), exports: Arc::default() }
+    fn volumes() -> (Volumes, tempfile::TempDir) {
+        let dir = tempfile::Builder::new().prefix("mv").tempdir_in("/tmp").unwrap();
+        let exports: Arc<Registry> = Arc::default();
+        let sockets = VhostServer::start(VhostConfig::new(dir.path()), exports.clone()).unwrap();
+        let store = Store::open(StoreConfig::new(ByteLen::mib(64))).unwrap();
+        (Volumes { store, exports, sockets: Arc::new(sockets), limits: Limits::default() }, dir)
+    }
+
+    #[test]
+    fn a_disk_over_vhost_user_has_a_socket_for_as_long_as_it_is_offered() {
+        let (v, dir) = volumes();
+        let record = crate::records::tests::record("a");
+        let mut disk = record.disks[0].clone();
+        disk.transport = Transport::VhostUser { queues: 2 };
+        v.make(&disk).unwrap();
+        let socket = v.socket(&disk).unwrap();
+        assert!(socket.starts_with(dir.path()) && !socket.exists());
+        v.offer(record.vm, &disk).unwrap();
+        v.offer(record.vm, &disk).unwrap();
+        assert!(socket.exists());
+        let again = DiskRecord { generation: 2, ..disk.clone() };
+        assert_ne!(v.socket(&again).unwrap(), socket, "another generation is another disk");
+        v.withdraw(&disk).unwrap();
+        assert!(!socket.exists() && v.export(&disk).is_none());
+    }
+
+    #[test]
+    fn nothing_of_a_vm_that_lost_a_volume_is_offered_again() {
+        let (v, _dir) = volumes();
+        let record = crate::records::tests::record("a");
+        v.make(&record.disks[0]).unwrap();
+        assert!(!v.offer_again(&record).unwrap());
+        assert!(v.exports.exports().is_empty());
+        v.make(&record.disks[1]).unwrap();
+        assert!(v.offer_again(&record).unwrap());
+        assert_eq!(v.exports.exports().len(), 2);
     }
 
     #[test]
     fn a_renewed_disk_is_the_image_again_under_a_new_export_name() {
-        let v = volumes();
+        let (v, _dir) = volumes();
         let digest = Digest::from_bytes([7; 32]);
         let image = v.store.image_builder(digest, "i", ByteLen::mib(1)).unwrap();
         image.write_chunk(0, &[5; 4096]).unwrap();
@@ -160,6 +277,7 @@ mod tests {
             generation: 1,
             size: ByteLen::mib(1),
             image: Some(digest),
+            transport: Transport::Nbd,
         };
         let vm = VmId::random();
         v.make(&disk).unwrap();

@@ -7,90 +7,19 @@
 
 mod support;
 
-use std::{
-    path::{Path, PathBuf},
-    time::{Duration, Instant},
-};
-
 use muster_agent::{Agent, Deps, Stop};
 use muster_common::ByteLen;
-use muster_idl::{
-    arguments::{BackupResult, BootSpec, ExecResult, TemplateSpec},
-    v1::{Member, Outcome, Verb, Verdict},
-};
-use muster_repository::source::{ImageFormat, open_image};
+use muster_idl::{arguments::BackupResult, v1::Verb};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-use support::{Controller, Depot, Place, network, vm_on};
-
-/// A guest under translation on a busy machine.
-const BOOT: Duration = Duration::from_secs(150);
-
-fn guest_images() -> Option<PathBuf> {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
-    let tools = std::env::var_os("PATH").unwrap_or_default();
-    let qemu = std::env::split_paths(&tools).any(|d| d.join("qemu-system-x86_64").is_file());
-    if directory.join("debian.raw").is_file() && qemu {
-        return Some(directory);
-    }
-    let hint = "QEMU or the guest images are missing: run cargo xtask setup and cargo xtask guest";
-    assert!(std::env::var_os("MUSTER_ALLOW_SKIP").is_some(), "{hint}");
-    eprintln!("skipped: {hint}");
-    None
-}
-
-struct World {
-    controller: Controller,
-    vm: Member,
-    /// When the last verdict was said: states of before do not count.
-    since_us: u64,
-}
-
-impl World {
-    async fn verdict(&mut self, verb: Verb, arguments: &[(&str, &str)]) -> Verdict {
-        let command = self.controller.command(verb, vec![self.vm.clone()], arguments, BOOT);
-        self.controller.publish(&command);
-        let key = (command.id.clone(), self.vm.host.clone(), self.vm.vm.clone());
-        let started = Instant::now();
-        loop {
-            self.controller.take();
-            if let Some(list) = self.controller.seen.get(&key) {
-                eprintln!("{verb}: {} {} in {:?}", list[0].outcome, list[0].message, started.elapsed());
-                self.since_us = list[0].ended_at_us;
-                return list[0].clone();
-            }
-            assert!(started.elapsed() < BOOT, "no verdict of {verb}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-    async fn done(&mut self, verb: Verb, arguments: &[(&str, &str)]) -> Verdict {
-        let verdict = self.verdict(verb, arguments).await;
-        assert_eq!(verdict.outcome, Outcome::Done, "{verb}: {} {}", verdict.code, verdict.message);
-        verdict
-    }
-    async fn guest_up(&mut self) {
-        let started = Instant::now();
-        loop {
-            while let Some(sample) = self.controller.systems.try_recv() {
-                if sample.value().is_some_and(|s| s.vm == self.vm.vm && s.guest_up && s.sampled_at_us > self.since_us) {
-                    eprintln!("guest up after {:?}", started.elapsed());
-                    return;
-                }
-            }
-            assert!(started.elapsed() < BOOT, "the guest agent did not come up");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-    async fn read(&mut self, path: &str) -> (i32, String) {
-        let argv = serde_json::to_string(&["cat", path]).unwrap();
-        let verdict = self.done(Verb::Exec, &[("argv", &argv)]).await;
-        let result: ExecResult = serde_json::from_str(&verdict.result).unwrap();
-        (result.exit_status, result.stdout)
-    }
-}
+use support::{
+    Controller, Depot, Place,
+    guest::{BOOT, World, desk_template, guest_images},
+    network, vm_on,
+};
 
 /// Asks for a raw stream and takes the answer's head off.
 async fn upgraded(address: std::net::SocketAddr, path: &str) -> TcpStream {
@@ -125,30 +54,10 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     muster_common::logging::init(muster_common::logging::LogFormat::Text);
     let network = network(1);
     let depot = Depot::start().await;
-    let source = open_image(&images.join("debian.raw"), ImageFormat::Raw).unwrap();
-    let mut session = depot.repository.session();
-    let go_on = &mut |_| std::ops::ControlFlow::Continue(());
-    let image = session.ingest(&*source, &Default::default(), go_on).unwrap().digest;
-    session.publish("image", b"x").unwrap();
-    let blob = |name: &str| depot.repository.put_blob(&std::fs::read(images.join(name)).unwrap()).unwrap().to_string();
-    let spec = TemplateSpec {
-        name: "desk".into(),
-        image: image.to_string(),
-        image_name: "debian".into(),
-        vcpus: 1,
-        memory_bytes: 256 << 20,
-        data_volume_bytes: Some(64 << 20),
-        boot: BootSpec {
-            kernel: Some(blob("vmlinuz")),
-            initrd: Some(blob("initramfs")),
-            cmdline: format!(
-                "{} muster.name={{name}}",
-                std::fs::read_to_string(images.join("cmdline")).unwrap().trim()
-            ),
-        },
-        bridge: None,
-    };
-    let template = serde_json::to_string(&spec).unwrap();
+    let mut application = b"muster application\n".to_vec();
+    application.resize(1 << 20, b'.');
+    let application = depot.import(application);
+    let template = desk_template(&depot, &images, Some(ByteLen::mib(64)), &[application]);
 
     let place = Place::new(1);
     let mut config = place.config();
@@ -171,6 +80,11 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     assert_eq!(w.read("/etc/hostname").await.0, 0);
     let (_, name) = w.read("/proc/sys/kernel/hostname").await;
     assert_eq!(name.trim(), "desk-1");
+
+    // an application is a disk of its own, which nobody can write to
+    assert_eq!(w.read("/sys/block/vdc/ro").await, (0, "1\n".into()));
+    assert_eq!(w.exec(&["head", "-n1", "/dev/vdc"]).await, (0, "muster application\n".into()));
+    assert_ne!(w.exec(&["dd", "if=/dev/zero", "of=/dev/vdc", "bs=4096", "count=1", "conv=fsync"]).await.0, 0);
 
     // step 6 of the demonstration
     w.done(Verb::FileWrite, &[("path", "/etc/muster-note"), ("content", "c3lzdGVt")]).await;
@@ -231,6 +145,7 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     w.done(Verb::ResetSession, &[]).await;
     w.guest_up().await;
     assert_eq!(w.read("/home/muster-note").await, (0, "data".into()), "from the backup");
+    assert_eq!(w.exec(&["head", "-n1", "/dev/vdc"]).await, (0, "muster application\n".into()));
 
     let (agent, refused) = agent.stop(Stop::Orderly).await.unwrap_err();
     assert_eq!(refused.vms, ["desk 1"]);

@@ -14,8 +14,9 @@ use muster_block::{BlockDevice, WriteFlags};
 use muster_common::{ByteLen, VolumeId};
 use muster_idl::{
     arguments::{BackupResult, ExecResult, PullResult},
-    v1::{Heartbeat, Outcome, StoreState, Verb},
+    v1::{Heartbeat, Outcome, StoreState, Verb, VirtualSystem},
 };
+use muster_store::{Store, StoreConfig, VolumeSpec};
 use muster_virt::{DomainState, Hypervisor, simulator::Fault};
 use support::{Controller, Depot, Place, balky::Balky, host_of, image_bytes, network, template, vm_on, wait_for};
 
@@ -320,12 +321,12 @@ async fn an_orderly_stop_is_refused_while_volumes_are_attached_and_force_pauses_
     assert_eq!(o.controller.answer(Verb::Ping, &vm, &[]).await.enabled_state, 2);
     let id = o.vm_id();
     let socket = o.place.config().control_socket();
-    let ask = |force| muster_agent::control::Request::Stop { force };
+    let ask = |force| muster_agent::control::Request::Stop { force, keep: false };
     let reply = muster_agent::control::request(&socket, &ask(false)).await.unwrap();
     assert_eq!((reply.ok, reply.code.as_deref()), (false, Some("in-use")));
     let reply = muster_agent::control::request(&socket, &ask(true)).await.unwrap();
     assert!(reply.ok, "{reply:?}");
-    o.agent.stop_requested().await;
+    assert_eq!(o.agent.stop_requested().await, Stop::Force);
     o.agent.stop(Stop::Force).await.unwrap();
     assert_eq!(o.place.hypervisor.status(id).unwrap().state, DomainState::Paused);
 }
@@ -541,7 +542,7 @@ async fn a_forced_stop_is_answered_however_long_pausing_takes() {
     let (id, socket) = (o.vm_id(), o.place.config().control_socket());
     o.place.hypervisor.inject(id, Fault::CallsHang).unwrap();
     let ask = tokio::spawn(async move {
-        let stop = muster_agent::control::Request::Stop { force: true };
+        let stop = muster_agent::control::Request::Stop { force: true, keep: false };
         muster_agent::control::request(&socket, &stop).await
     });
     // longer than the patience with a client that does not send
@@ -549,7 +550,7 @@ async fn a_forced_stop_is_answered_however_long_pausing_takes() {
     assert!(!ask.is_finished(), "cut off half-way: {:?}", ask.await);
     o.place.hypervisor.clear(id, Fault::CallsHang).unwrap();
     assert!(ask.await.unwrap().unwrap().ok);
-    o.agent.stop_requested().await;
+    assert_eq!(o.agent.stop_requested().await, Stop::Force);
     o.agent.stop(Stop::Force).await.unwrap();
     assert_eq!(o.place.hypervisor.status(id).unwrap().state, DomainState::Paused);
 }
@@ -681,4 +682,195 @@ async fn a_guest_that_cannot_be_thawed_holds_nobody_up_and_is_let_go_when_it_is_
     let stop = o.agent.stop(Stop::Orderly);
     tokio::time::timeout(Duration::from_secs(20), stop).await.unwrap().unwrap();
     assert_eq!(hypervisor.thawed.load(Ordering::Relaxed), 0);
+}
+
+/// What outlives a killed agent, in the hands of the test: its store.
+struct Afterlife {
+    o: One,
+    store: Store,
+}
+
+impl Afterlife {
+    /// A VM `desk`, up, and a second one, `other`, up.
+    async fn begin(seed: u64) -> (Self, muster_idl::v1::Member) {
+        let place = Place::new(seed);
+        let store = Store::open(StoreConfig::new(ByteLen::mib(96))).unwrap();
+        let network = network(seed);
+        let depot = Depot::start().await;
+        let agent = place.start_on_store(&network, place.config(), &store).await;
+        let mut controller = Controller::join(&network, &depot.url);
+        controller.beat(vec![]);
+        let image = depot.import(image_bytes(4, 2));
+        let (vm, other) = (vm_on(&agent, "desk"), vm_on(&agent, "other"));
+        let both = [vm.clone(), other.clone()];
+        controller.done(Verb::Create, &both, &[("template", &template(&image, Some(1)))]).await;
+        controller.done(Verb::PowerOn, &both, &[]).await;
+        (Self { o: One { network, depot, place, agent, controller, vm, image }, store }, other)
+    }
+}
+
+async fn again(place: &Place, network: &muster_bus::twin::Network, store: &Store) -> Agent {
+    place.start_on_store(network, place.config(), store).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_next_run_finds_vms_and_volumes_as_the_killed_one_left_them() {
+    let (mut a, _) = Afterlife::begin(40).await;
+    a.o.scribble(4, 77);
+    // what a restore had read aside
+    a.store.create_volume(VolumeSpec::blank(VolumeId::random(), ByteLen::mib(1))).unwrap();
+    let (id, old) = (a.o.vm_id(), a.o.agent.incarnation().to_string());
+    let before: Vec<_> = a.o.agent.exports();
+    assert_eq!(before.len(), 4);
+    a.o.agent.kill().await;
+    a.o.agent = again(&a.o.place, &a.o.network, &a.store).await;
+    a.o.controller.beat(vec![]);
+    event(&mut a.o.controller, "store-attached").await;
+    assert_eq!(a.o.agent.exports(), before, "under the same names");
+    let vm = a.o.vm.clone();
+    let found = a.o.controller.system(&vm, "found", |s| s.incarnation != old).await;
+    assert!(found.disks.iter().all(|d| d.condition == "volatile"), "{found:?}");
+    assert_eq!((found.enabled_state, found.health_state), (2, 5), "it runs, and nothing is wrong");
+    assert_eq!(a.o.byte(4), 77);
+    assert_eq!(a.store.volumes().len(), 4, "the volume that no VM has is gone");
+    a.o.done(Verb::Pause, &[]).await;
+    a.o.done(Verb::Resume, &[]).await;
+    a.o.done(Verb::ResetSession, &[]).await;
+    assert_eq!(a.o.place.hypervisor.status(id).unwrap().state, DomainState::Running);
+    assert!(a.store.audit().is_exact());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn volumes_of_a_record_that_cannot_be_read_are_not_swept() {
+    let (mut a, other) = Afterlife::begin(41).await;
+    a.o.agent.kill().await;
+    let record = a.o.place.path().join(format!("s/vms/{}.json", other.vm));
+    let text = std::fs::read(&record).unwrap();
+    std::fs::write(&record, "{").unwrap();
+    a.o.agent = again(&a.o.place, &a.o.network, &a.store).await;
+    assert_eq!(a.store.volumes().len(), 4);
+    a.o.agent.kill().await;
+    std::fs::write(&record, text).unwrap();
+    a.o.agent = again(&a.o.place, &a.o.network, &a.store).await;
+    a.o.controller.beat(vec![]);
+    let whole = |s: &VirtualSystem| s.disks.iter().all(|d| d.condition == "volatile");
+    a.o.controller.system(&other, "there again", whole).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_disk_paused_meanwhile_goes_on_and_what_a_command_paused_does_not() {
+    let (mut a, other) = Afterlife::begin(42).await;
+    a.o.controller.done(Verb::Pause, std::slice::from_ref(&other), &[]).await;
+    let (id, other_id) = (a.o.vm_id(), other.vm.parse().unwrap());
+    a.o.agent.kill().await;
+    // as QEMU does when the server of an NBD disk is away
+    a.o.place.hypervisor.fail_disk(id, false).unwrap();
+    a.o.agent = again(&a.o.place, &a.o.network, &a.store).await;
+    let hypervisor = a.o.place.hypervisor.clone();
+    let state = |vm| hypervisor.status(vm).unwrap().state;
+    let runs = || (state(id) == DomainState::Running).then_some(());
+    wait_for("the first to run", Duration::from_secs(10), runs).await;
+    // again, and the other one is looked at in each round
+    for _ in 0..3 {
+        hypervisor.fail_disk(id, false).unwrap();
+        wait_for("it to run again", Duration::from_secs(10), runs).await;
+    }
+    assert_eq!(state(other_id), DomainState::Paused);
+    // a command pauses what a disk has paused: from then on only a command resumes it
+    a.o.controller.beat(vec![]);
+    a.o.place.hypervisor.pause(id).unwrap();
+    assert_eq!(a.o.answer(Verb::Pause, &[]).await.outcome, Outcome::Already);
+    a.o.agent.kill().await;
+    a.o.agent = again(&a.o.place, &a.o.network, &a.store).await;
+    a.o.controller.beat(vec![]);
+    a.o.controller.done(Verb::Resume, std::slice::from_ref(&other), &[]).await;
+    assert_eq!((state(id), state(other_id)), (DomainState::Paused, DomainState::Running));
+    a.o.done(Verb::Resume, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_finds_no_memory_stands_still_until_there_is_some() {
+    let (mut a, _) = Afterlife::begin(43).await;
+    let id = a.o.vm_id();
+    let hog = a.store.create_volume(VolumeSpec::blank(VolumeId::random(), ByteLen::mib(96))).unwrap();
+    let mut block = [0; 4096];
+    for n in 0u64.. {
+        if !a.store.would_fit(ByteLen::mib(1)) {
+            break;
+        }
+        block[..8].copy_from_slice(&(n + 1).to_le_bytes());
+        hog.write_at(n * 4096, &block, WriteFlags::default()).unwrap();
+    }
+    event(&mut a.o.controller, "store-filling").await;
+    // as QEMU does when an NBD server says that there is no space
+    a.o.place.hypervisor.fail_disk(id, true).unwrap();
+    event(&mut a.o.controller, "volume-full").await;
+    let vm = a.o.vm.clone();
+    let full = a.o.controller.system(&vm, "it to say why", |s| s.remark.contains("store is full")).await;
+    assert_eq!((full.enabled_state, full.health_state), (9, 20));
+    // a restart does not forget why it stands still, and sweeps what no VM has: then there is memory
+    a.o.agent.kill().await;
+    a.o.agent = again(&a.o.place, &a.o.network, &a.store).await;
+    a.o.controller.beat(vec![]);
+    event(&mut a.o.controller, "volume-space-back").await;
+    assert_eq!(a.o.place.hypervisor.status(id).unwrap().state, DomainState::Running);
+    let well = a.o.controller.system(&vm, "it to be well", |s| s.enabled_state == 2 && s.remark.is_empty()).await;
+    assert_eq!(well.health_state, 5);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_that_keeps_leaves_everything_and_is_refused_where_nothing_would_be_left() {
+    let (mut a, _) = Afterlife::begin(44).await;
+    let id = a.o.vm_id();
+    let socket = a.o.place.config().control_socket();
+    let keep = muster_agent::control::Request::Stop { force: false, keep: true };
+    let reply = muster_agent::control::request(&socket, &keep).await.unwrap();
+    assert!(reply.ok, "{reply:?}");
+    assert_eq!(a.o.agent.stop_requested().await, Stop::Keep);
+    a.o.agent.stop(Stop::Keep).await.unwrap();
+    assert_eq!(a.o.place.hypervisor.status(id).unwrap().state, DomainState::Running);
+    assert_eq!(a.store.volumes().len(), 4);
+    a.o.agent = again(&a.o.place, &a.o.network, &a.store).await;
+    a.o.controller.beat(vec![]);
+    a.o.done(Verb::Snapshot, &[("name", "x")]).await;
+    a.o.agent.kill().await;
+
+    let mut o = one(45).await;
+    o.done(Verb::PowerOn, &[]).await;
+    let (_, refused) = o.agent.stop(Stop::Keep).await.unwrap_err();
+    assert!(refused.to_string().contains("cannot be kept"), "{refused}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_survives_is_attached_by_the_next_run_and_given_back_by_an_orderly_stop() {
+    let place = Place::new(46);
+    let (mut config, hypervisor) = (place.config(), place.hypervisor.clone());
+    // in memory, so that nothing has to be mounted
+    let memory = tempfile::Builder::new().prefix("ma").tempdir_in("/dev/shm").unwrap();
+    config.run_dir = memory.path().join("r");
+    config.store.survive = true;
+    let mut o = one_on(46, place, config.clone(), hypervisor.clone()).await;
+    o.scribble(4, 99);
+    o.done(Verb::Snapshot, &[("name", "noon")]).await;
+    o.scribble(4, 100);
+    o.done(Verb::PowerOn, &[]).await;
+    o.agent.kill().await;
+    o.agent = o.place.start_on(&o.network, config.clone(), hypervisor.clone()).await;
+    o.controller.beat(vec![]);
+    event(&mut o.controller, "store-attached").await;
+    assert_eq!(o.byte(4), 100);
+    o.agent.stop(Stop::Keep).await.unwrap();
+    o.agent = o.place.start_on(&o.network, config.clone(), hypervisor).await;
+    o.controller.beat(vec![]);
+    assert_eq!(o.byte(4), 100);
+    assert!(o.agent.store().audit().is_exact());
+    o.done(Verb::PowerOff, &[]).await;
+    // the named snapshot came over, too
+    o.done(Verb::Restore, &[("name", "noon")]).await;
+    assert_eq!(o.byte(4), 99);
+    o.done(Verb::DestroyVolumes, &[]).await;
+    assert!(o.agent.store().snapshots().is_empty());
+    o.agent.stop(Stop::Orderly).await.unwrap();
+    let left = std::fs::read_dir(config.run_dir.join("store")).map_or(0, Iterator::count);
+    assert_eq!(left, 0, "the machine has its memory back");
 }

@@ -32,6 +32,10 @@ macro_rules! uuid_id {
             pub const fn uuid(self) -> Uuid {
                 self.0
             }
+            /// The UUID of these bytes (RFC 9562 order).
+            pub const fn from_bytes(bytes: [u8; 16]) -> Self {
+                Self(Uuid::from_bytes(bytes))
+            }
             /// The first eight hexadecimal digits: for file names and tables, not unique.
             pub fn short(self) -> String {
                 self.0.simple().to_string()[..8].to_string()
@@ -82,6 +86,12 @@ uuid_id!(
 uuid_id!(
     /// One volume; with its generation it names an export.
     VolumeId, "volume id");
+uuid_id!(
+    /// One kept snapshot of a volume.
+    SnapshotId, "snapshot id");
+uuid_id!(
+    /// Whose blocks are shared among themselves only.
+    TenantId, "tenant id");
 uuid_id!(
     /// One controller for as long as its database lives.
     ControllerId, "controller id");

@@ -19,5 +19,5 @@ pub mod units;
 
 pub use clock::{Clock, SystemClock};
 pub use error::{Chain, ErrorCode};
-pub use id::{CommandId, ControllerId, Digest, HostId, ImageId, Incarnation, VmId, VolumeId};
+pub use id::{CommandId, ControllerId, Digest, HostId, ImageId, Incarnation, SnapshotId, TenantId, VmId, VolumeId};
 pub use units::ByteLen;

@@ -1,11 +1,11 @@
 //! Imports: from an image file to chunks in the repository and a record in the database.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{ops::ControlFlow, path::PathBuf, sync::Arc};
 
 use muster_api::{BootFiles, Estimate, ImageFormat};
 use muster_common::{ByteLen, Digest, ErrorCode};
 use muster_repository::{
-    IngestOptions, Progress, Repository,
+    Defect, IngestOptions, Progress, Repository,
     estimate::Estimator,
     source::{self},
 };
@@ -80,7 +80,8 @@ pub async fn run(import: Import, repository: Repository, core: Handle, work: Wor
     work.end(result);
 }
 
-async fn record(
+/// Records an image whose bytes are in the repository; they go again when it is refused.
+pub async fn record(
     image: StoredImage,
     new_revision: bool,
     repository: &Repository,
@@ -119,22 +120,33 @@ pub async fn verify(image: StoredImage, repository: Repository, work: Work) {
 }
 
 fn read_back(image: &StoredImage, repository: &Repository, work: &Work) -> Result<serde_json::Value, Refusal> {
-    let manifest = repository.manifest(&image.digest)?;
-    let (total, mut done) = (manifest.chunk_count(), 0);
-    for chunk in manifest.chunks() {
-        repository.read_chunk(&chunk.digest)?;
-        done += 1;
-        if done % (total / 100).max(1) == 0 {
-            work.progress("verifying", done, total);
+    let mut shown = 0;
+    let report = repository.verify(&image.digest, &mut |at: Progress| {
+        if at.done.0 >= shown || at.done == at.total {
+            shown = at.done.0 + at.total.0 / 100;
+            work.progress("verifying", at.done.0, at.total.0);
         }
-        if !work.is_wanted() {
-            return Err(Refusal::new(ErrorCode::Unavailable, "the controller is shutting down"));
-        }
+        if work.is_wanted() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    if let Some(first) = report.bad.first() {
+        let defect = match &first.defect {
+            Defect::Missing => "is missing",
+            Defect::Damaged => "is damaged",
+            Defect::Unreadable(reason) => reason.as_str(),
+        };
+        let detail = format!(
+            "image {} is not whole: {} of its chunks are bad, the first at offset {} {defect}; \
+             importing the same content again repairs them",
+            image.full_name(),
+            report.bad.len(),
+            first.offset
+        );
+        return Err(Refusal::new(ErrorCode::Corrupt, detail));
     }
     for file in [image.boot.kernel, image.boot.initrd].into_iter().flatten() {
         repository.blob(&file)?;
     }
-    Ok(serde_json::json!({ "digest": image.digest, "chunks": total }))
+    Ok(serde_json::json!({ "digest": image.digest, "chunks": report.chunks, "bytes": report.bytes }))
 }
 
 /// Takes an image's reference away and removes what nothing else uses, unless the content stands (again, or under another
@@ -182,7 +194,7 @@ pub async fn tidy(repository: Repository, core: Handle) {
     }
 }
 
-fn reference_of(digest: &Digest) -> String {
+pub fn reference_of(digest: &Digest) -> String {
     format!("image.{digest}")
 }
 
@@ -228,17 +240,37 @@ fn ingest(import: &Import, repository: &Repository, work: &Work) -> Result<Store
         boot,
         imported_at_us: import.now_us,
         version: 1,
+        parent: None,
+        origin: String::new(),
     })
 }
 
-/// What a file would take in memory. Reads all of it.
-pub async fn estimate(path: PathBuf, format: ImageFormat) -> Result<Estimate, Refusal> {
+/// What a file would take in memory, alone and beside other images. Reads all of it, and all of them.
+pub async fn estimate(
+    path: PathBuf,
+    format: ImageFormat,
+    beside: Vec<StoredImage>,
+    repository: Repository,
+) -> Result<Estimate, Refusal> {
     let estimated = tokio::task::spawn_blocking(move || {
+        let go = &mut |_| ControlFlow::Continue(());
         let source = source::open_image(&path, source_format(format))?;
-        let estimate = Estimator::new().add(&*source, &mut |_| ControlFlow::Continue(()))?;
+        let alone = Estimator::new().add_beside(&*source, &repository, go)?;
+        let added = if beside.is_empty() {
+            alone.unknown
+        } else {
+            let mut estimator = Estimator::new();
+            for image in &beside {
+                estimator.add(&repository.reader(Arc::new(repository.manifest(&image.digest)?)), go)?;
+            }
+            estimator.add(&*source, go)?.added
+        };
         Ok::<_, Refusal>(Estimate {
-            logical_bytes: estimate.logical.0,
-            resident_bytes: estimate.resident.0,
+            logical_bytes: alone.estimate.logical.0,
+            resident_bytes: alone.estimate.resident.0,
+            added_bytes: Some(added.0),
+            beside: beside.iter().map(StoredImage::full_name).collect(),
+            new_bytes: Some(alone.new_bytes.0),
             too_large_for: Vec::new(),
         })
     })

@@ -1,7 +1,7 @@
 //! The controller: it knows the fleet, commands it, and answers to people. A library with a thin program.
 //!
 //! Main types: [`Config`], [`Controller`] (a running one). Inside: `core` (the one owner of all state), `db` (SQLite), `link`
-//! (the bus), `rest` (the interface), `bulk` (images for agents), `import`, `jobs`.
+//! (the bus), `rest` (the interface), `bulk` (images for agents), `import`, `commit`, `jobs`.
 //!
 //! Invariants:
 //! 1. What is answered or published is durable first (see `core`).
@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 mod bulk;
+mod commit;
 pub mod config;
 mod core;
 mod db;

@@ -7,8 +7,9 @@ use std::{os::unix::fs::PermissionsExt, sync::Arc};
 
 use fake::{Fleet, Mood, client, command, config, ended, wait_for};
 use muster_api::{
-    ChangeGroup, CreateGroup, CreateTemplate, CreateVms, GroupMembers, ImportByPath, ImportQuery, Job, JobState,
-    ListQuery, NetworkMode, PullImage, Upload, Verb, VmStanding,
+    ChangeGroup, ChangeTemplate, CommitImage, CreateGroup, CreateTemplate, CreateVms, ExportFormat, Extents,
+    GroupMembers, ImageFormat, ImportByPath, ImportQuery, Job, JobState, ListQuery, NetworkMode, PullImage, Upload,
+    Verb, VmStanding,
 };
 use muster_bus::twin::{LossConfig, Network};
 use muster_common::{ByteLen, ErrorCode, SystemClock};
@@ -305,6 +306,7 @@ async fn arguments_are_checked_before_anything_is_published() {
         vcpus: 1,
         memory: ByteLen(512),
         data_volume: None,
+        applications: Vec::new(),
         boot: None,
         network: NetworkMode::None,
     };
@@ -363,4 +365,226 @@ async fn only_this_machine_asks_and_lab_mode_is_said_everywhere() {
     let error = Controller::start_with(config, clock, vec![]).await.err().unwrap();
     assert!(muster_common::Chain(&error).to_string().contains("set lab = true"));
     controller.shutdown().await;
+}
+
+/// All bytes of an export, and the length the answer claims.
+async fn exported(fleet: &Fleet, image: &str, format: ExportFormat) -> (Vec<u8>, Option<u64>) {
+    let mut download = fleet.client.export_image(image, format).await.unwrap();
+    let len = download.len();
+    let mut bytes = Vec::new();
+    while let Some(piece) = download.next().await.unwrap() {
+        bytes.extend_from_slice(&piece);
+    }
+    (bytes, len)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_comes_out_in_three_forms_and_raw_is_never_taken_for_something_else() {
+    let fleet = Fleet::start(1).await;
+    let c = &fleet.client;
+    // a raw disk that a guest has written a qcow2 header into, naming a file of the host
+    let path = fleet.dir.path().join("disk.raw");
+    let mut disk = vec![0u8; 3 << 20];
+    disk[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    disk[8..20].copy_from_slice(&[0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 11]);
+    disk[512..523].copy_from_slice(b"/etc/shadow");
+    disk[2 << 20..(2 << 20) + 70_000].fill(7);
+    std::fs::write(&path, &disk).unwrap();
+    let sniffed = c.import_image_by_path(&import("disk", &path)).await.unwrap();
+    assert_eq!(code(&follow(&fleet, sniffed).await), "external-reference");
+    let declared = ImportByPath { format: ImageFormat::Raw, ..import("disk", &path) };
+    let job = follow(&fleet, c.import_image_by_path(&declared).await.unwrap()).await;
+    assert_eq!(code(&job), "ok");
+
+    let (raw, len) = exported(&fleet, "disk", ExportFormat::Raw).await;
+    assert!(raw == disk && len == Some(3 << 20));
+    let (extents, _) = exported(&fleet, "disk", ExportFormat::Extents).await;
+    assert!(extents.len() < 4 * 65_536, "{} bytes for three chunks", extents.len());
+    let mut back = vec![0u8; 3 << 20];
+    let mut reader = Extents::default();
+    reader
+        .feed(&extents, &mut |at, bytes| {
+            back[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(reader.finish().unwrap(), 3 << 20);
+    assert!(back == disk);
+    let (qcow2, len) = exported(&fleet, "disk@1", ExportFormat::Qcow2).await;
+    assert_eq!(len, Some(qcow2.len() as u64));
+    // what came out goes in again, and is the same image
+    let again = fleet.dir.path().join("again.qcow2");
+    std::fs::write(&again, &qcow2).unwrap();
+    let job = follow(&fleet, c.import_image_by_path(&import("again", &again)).await.unwrap()).await;
+    assert_eq!(code(&job), "already-exists", "{:?}", job.problem);
+    assert!(job.problem.unwrap().detail.contains("as image disk@1"));
+    assert_eq!(c.export_image("nothing", ExportFormat::Raw).await.err().unwrap().code(), ErrorCode::NotFound);
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_estimate_says_what_a_file_adds_to_images_that_are_there() {
+    let fleet = Fleet::start(1).await;
+    let c = &fleet.client;
+    let block = |n: u32| (0..1024u32).flat_map(move |i| (n * 2048 + i).to_le_bytes());
+    let first: Vec<u8> = (1..=64).flat_map(block).collect();
+    let path = fleet.dir.path().join("first.raw");
+    std::fs::write(&path, &first).unwrap();
+    let job = follow(&fleet, c.import_image_by_path(&import("first", &path)).await.unwrap()).await;
+    assert_eq!(code(&job), "ok");
+    // three chunks are the same, one has a block of its own, and a chunk of new blocks comes behind
+    let mut second = first;
+    second[65_536 + 8192..65_536 + 8192 + 4096].fill(9);
+    second.extend((100..116).flat_map(block));
+    let path = fleet.dir.path().join("second.raw");
+    std::fs::write(&path, &second).unwrap();
+    let ask = |beside: &[&str]| muster_api::EstimateRequest {
+        path: path.display().to_string(),
+        beside: beside.iter().map(|b| b.to_string()).collect(),
+        ..Default::default()
+    };
+    let rough = c.estimate_file(&ask(&[])).await.unwrap();
+    assert_eq!((rough.logical_bytes, rough.resident_bytes), (80 * 4096, 80 * 4096));
+    assert_eq!((rough.added_bytes, rough.new_bytes), (Some(32 * 4096), Some(2 * 65_536)), "by whole chunks");
+    let exact = c.estimate_file(&ask(&["first"])).await.unwrap();
+    assert_eq!((exact.added_bytes, exact.new_bytes), (Some(17 * 4096), Some(2 * 65_536)));
+    assert_eq!(exact.beside, ["first@1"]);
+    assert_eq!(c.estimate_file(&ask(&["frist"])).await.unwrap_err().code(), ErrorCode::NotFound);
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn templates_take_applications_and_move_to_other_images() {
+    let fleet = Fleet::start(1).await;
+    fleet.template().await;
+    let c = &fleet.client;
+    for (name, byte) in [("tools", 1u8), ("games", 2)] {
+        let path = fleet.dir.path().join(name);
+        std::fs::write(&path, vec![byte; 1 << 20]).unwrap();
+        let job = follow(&fleet, c.import_image_by_path(&import(name, &path)).await.unwrap()).await;
+        assert_eq!(code(&job), "ok");
+    }
+    let query = ImportQuery { name: "debian".into(), new_revision: true, ..Default::default() };
+    let job = follow(&fleet, c.import_image(&query, Upload::bytes(vec![3; 1 << 20])).await.unwrap()).await;
+    assert_eq!(code(&job), "ok");
+
+    let texts = |texts: &[&str]| Some(texts.iter().map(|t| t.to_string()).collect::<Vec<_>>());
+    let change = |image: Option<&str>, applications: Option<Vec<String>>| ChangeTemplate {
+        image: image.map(str::to_string),
+        applications,
+    };
+    let before = c.template("desk").await.unwrap();
+    let with =
+        c.change_template("desk", &change(None, texts(&["tools", "games"])), Some(before.version)).await.unwrap();
+    let names: Vec<&str> = with.applications.iter().map(|a| a.image_name.as_str()).collect();
+    assert_eq!((names, with.image), (vec!["tools@1", "games@1"], before.image));
+    let stale = c.change_template("desk", &change(Some("debian"), None), Some(before.version)).await.unwrap_err();
+    assert_eq!(stale.code(), ErrorCode::Conflict);
+    for (applications, expected) in [
+        (texts(&["tools", "tools@1"]), "named twice"),
+        (texts(&["nothing"]), "nothing"),
+        (Some((0..25).map(|n| format!("x{n}")).collect()), "a VM takes 24"),
+    ] {
+        let refused = c.change_template("desk", &change(None, applications), None).await.unwrap_err();
+        assert!(refused.to_string().contains(expected), "{refused}");
+    }
+
+    let create = CreateVms { template: "desk".into(), names: vec!["a".into()], ..Default::default() };
+    let made = c.create_vms(&create, None).await.unwrap();
+    let command = ended(c, &made.command.to_string()).await;
+    let spec: serde_json::Value = serde_json::from_str(&command.arguments["template"]).unwrap();
+    assert_eq!(spec["applications"][1]["image_name"], "games@1");
+
+    // the VM stays as it is made; the template goes on
+    let moved = c.change_template("desk", &change(Some("debian"), texts(&[])), None).await.unwrap();
+    assert_eq!((moved.image_name.as_str(), moved.applications.len()), ("debian@2", 0));
+    let tools = c.image("tools").await.unwrap();
+    assert_eq!((tools.vms, tools.templates.len()), (1, 0));
+    let old = c.image("debian@1").await.unwrap();
+    assert_eq!((old.vms, old.templates.len()), (1, 0));
+    assert_eq!(c.image("debian@2").await.unwrap().templates, ["desk"]);
+    for image in ["tools", "debian@1"] {
+        let refused = c.delete_image(image).await.unwrap_err();
+        assert_eq!(refused.code(), ErrorCode::InUse);
+        assert!(refused.to_string().contains("is used by VM a"), "{refused}");
+    }
+    let refused = c.delete_image("debian@2").await.unwrap_err();
+    assert!(refused.to_string().contains("is used by template desk"), "{refused}");
+    let deleted = c.delete_vm("a").await.unwrap();
+    ended(c, &deleted.summary.id.to_string()).await;
+    wait_for("the VM to be gone", async || c.vm("a").await.is_err()).await;
+    for image in ["tools", "games", "debian@1"] {
+        c.delete_image(image).await.unwrap();
+    }
+
+    // what stands is there after a restart
+    let Fleet { controller, network, dir, .. } = fleet;
+    controller.shutdown().await;
+    let controller = fake::start_controller(&network, dir.path()).await;
+    let there = client(&controller).template("desk").await.unwrap();
+    assert_eq!((there.image, there.version, there.applications.len()), (moved.image, moved.version, 0));
+    controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_cannot_be_is_refused_by_what_is_wrong() {
+    let fleet = Fleet::start(1).await;
+    fleet.template().await;
+    let c = &fleet.client;
+    let create = CreateVms { template: "desk".into(), names: vec!["a".into()], ..Default::default() };
+    ended(c, &c.create_vms(&create, None).await.unwrap().command.to_string()).await;
+    let commit = |vm: &str, name: &str| CommitImage { vm: vm.into(), name: name.into(), ..Default::default() };
+    let refused = async |commit: CommitImage| c.commit_image(&commit).await.unwrap_err();
+    assert_eq!(refused(commit("b", "new")).await.code(), ErrorCode::NotFound);
+    let taken = refused(commit("a", "debian")).await;
+    assert_eq!(taken.code(), ErrorCode::AlreadyExists);
+    assert!(taken.to_string().contains("--new-revision"), "{taken}");
+    assert_eq!(refused(commit("a", "no/name")).await.code(), ErrorCode::InvalidArgument);
+    // the host has not said where its stream endpoint is
+    assert_eq!(refused(commit("a", "new")).await.code(), ErrorCode::Unavailable);
+
+    // and now it has, at a place where nobody answers
+    fleet.agents[0].set_stream_endpoint("http://127.0.0.1:9");
+    wait_for("the endpoint", async || !c.host("host1").await.unwrap().stream_endpoint.is_empty()).await;
+    fleet.agents[0].set_mood(Mood::Refuses);
+    let job = follow(&fleet, c.commit_image(&commit("a", "new")).await.unwrap()).await;
+    let problem = job.problem.unwrap();
+    assert!(problem.detail.contains("no snapshot was taken"), "{problem:?}");
+    fleet.agents[0].set_mood(Mood::Obeys);
+    // this agent is an old one: it does not say what its snapshot is of
+    let job = follow(&fleet, c.commit_image(&commit("a", "new")).await.unwrap()).await;
+    assert_eq!(code(&job), "unsupported");
+    assert!(c.image("new").await.is_err());
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_image_is_found_by_name_of_place_and_healed_by_its_own_content() {
+    let fleet = Fleet::start(1).await;
+    fleet.template().await;
+    let c = &fleet.client;
+    let packs = fleet.dir.path().join("state/repository/packs");
+    let pack = std::fs::read_dir(packs).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&pack).unwrap();
+    // within the first chunk: the pack's head has 32 bytes
+    bytes[100] ^= 1;
+    std::fs::write(&pack, bytes).unwrap();
+    let job = follow(&fleet, c.verify_image("debian").await.unwrap()).await;
+    assert_eq!((job.state, code(&job)), (JobState::Failed, "corrupt"));
+    let detail = job.problem.unwrap().detail;
+    assert!(detail.contains("1 of its chunks are bad, the first at offset 0 is damaged"), "{detail}");
+    let mut export = c.export_image("debian", ExportFormat::Raw).await.unwrap();
+    let broken = loop {
+        match export.next().await {
+            Ok(Some(_)) => {}
+            Ok(None) => break false,
+            Err(_) => break true,
+        }
+    };
+    assert!(broken, "a damaged image is not given out as a whole one");
+    let again = c.import_image_by_path(&import("again", &fleet.dir.path().join("disk.raw"))).await.unwrap();
+    assert_eq!(code(&follow(&fleet, again).await), "already-exists");
+    let job = follow(&fleet, c.verify_image("debian").await.unwrap()).await;
+    assert_eq!(code(&job), "ok", "{:?}", job.problem);
+    fleet.controller.shutdown().await;
 }

@@ -13,6 +13,8 @@ pub mod name {
     pub const POLICY: &str = "policy";
     /// Name of a snapshot.
     pub const NAME: &str = "name";
+    /// For snapshot, in seconds: it is dropped when nobody has read of it for so long. Absent: it stays.
+    pub const KEEP_SECONDS: &str = "keep_seconds";
     /// Backup id or "latest", for restore.
     pub const BACKUP: &str = "backup";
     /// JSON list of texts, for exec.
@@ -41,9 +43,20 @@ pub struct TemplateSpec {
     pub memory_bytes: u64,
     /// Size of the personal data volume; none: there is none.
     pub data_volume_bytes: Option<u64>,
+    /// Images of applications: each becomes a read-only disk, `vdc` and on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub applications: Vec<ApplicationSpec>,
     pub boot: BootSpec,
     /// Host bridge the VM is connected to; none: not connected.
     pub bridge: Option<String>,
+}
+
+/// An image that is attached to a VM read-only.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ApplicationSpec {
+    /// Digest of the image, 64 hexadecimal digits.
+    pub image: String,
+    pub image_name: String,
 }
 
 /// Direct kernel boot; all empty: boot from the system disk.
@@ -76,6 +89,25 @@ pub struct BackupVolumeResult {
     pub new_bytes: u64,
     /// Digest of the volume's manifest.
     pub manifest: String,
+}
+
+/// Result of snapshot. Disks that only repeat an image (applications) are not in it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotResult {
+    pub name: String,
+    pub taken_at_us: u64,
+    /// The guest's file systems were frozen, or it was not running.
+    pub consistent: bool,
+    pub volumes: Vec<SnapshotVolumeResult>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotVolumeResult {
+    pub volume: String,
+    pub role: String,
+    pub size_bytes: u64,
+    /// Digest of the image it is a clone of; empty for one that began blank.
+    pub image: String,
 }
 
 /// Result of exec. Output is text; what is not UTF-8 is replaced.

@@ -149,7 +149,7 @@ impl Fleet {
         let host = &self.hosts[index];
         let text = format!(
             "lab = true\nname = '{name}'\ncell = {cell}\ninterface = '{interface}'\nmulticast = {multicast}\n\
-             state_dir = '{state}'\nrun_dir = '{run}'\nforce_stop = true\n[store]\nbudget = '512MiB'\n\
+             state_dir = '{state}'\nrun_dir = '{run}'\nforce_stop = true\n[store]\nbudget = '512MiB'\nsurvive = false\n\
              [hypervisor]\nuri = '{hypervisor}'\n[stream]\nlisten = '{interface}:0'\n",
             interface = self.network.interface(),
             multicast = self.network.multicast(),

@@ -120,6 +120,7 @@ impl Fleet {
             vcpus: 1,
             memory: ByteLen::mib(64),
             data_volume: Some(ByteLen::mib(1)),
+            applications: Vec::new(),
             boot: None,
             network: NetworkMode::None,
         };

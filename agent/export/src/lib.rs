@@ -1,9 +1,10 @@
-//! Serves any [`BlockDevice`](muster_block::BlockDevice) over the NBD protocol (unix sockets and TCP).
+//! Serves any [`BlockDevice`](muster_block::BlockDevice): to local VMs as a virtio disk in shared memory
+//! ([`vhost`], the default), and to everybody over the NBD protocol (unix sockets and TCP; the rest of this page).
 //!
-//! Main types: [`NbdServer`] listens; a [`Registry`] (or any [`ExportCatalog`]) says what is offered; an [`Export`] is
-//! one device under one name with its sessions and [`ExportStatistics`]. Below them, without I/O: [`protocol`] (bytes),
-//! [`handshake`] (negotiation), [`transmission`] (what a request means). [`replay`] runs a whole connection over
-//! recorded bytes.
+//! Main types: [`VhostServer`](vhost::VhostServer) and [`NbdServer`] listen; a [`Registry`] (or any [`ExportCatalog`])
+//! says what is offered; an [`Export`] is one device under one name with its sessions, its [`Limits`] and
+//! [`ExportStatistics`]. Below them, without I/O: [`protocol`] (bytes), [`handshake`] (negotiation), [`transmission`]
+//! (what a request means). [`replay`] runs a whole connection over recorded bytes.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -42,7 +43,7 @@
 //!    is asked with the name on the client's verified certificate.
 //! 9. Requests of one connection are answered in any order; a long read or trim does not hold up short ones behind it.
 //!
-//! Threads: `nbd-accept`, and `nbd-<n>` for each connection. Locks: see [`registry`].
+//! Threads: `nbd-accept`, and `nbd-<n>` for each connection; those of [`vhost`] are named there. Locks: see [`registry`].
 //!
 //! Deliberately not here: extended headers, any meaning of export names, retries, caching, ordering between requests in
 //! flight. TCP without [`NbdConfig::tls`] is unprotected and meant for trusted networks and tests.
@@ -57,9 +58,12 @@ pub mod registry;
 mod server;
 mod session;
 pub mod statistics;
+mod throttle;
 mod tls;
+pub mod trace;
 pub mod transmission;
 mod transport;
+pub mod vhost;
 
 pub use access::{Restricted, Rule};
 pub use connection::replay;
@@ -67,4 +71,5 @@ pub use handshake::{HandshakeLimits, Offer, Refusal};
 pub use registry::{Export, ExportCatalog, Peer, Registry, RegistryError};
 pub use server::{Listen, NbdConfig, NbdServer, ServerError};
 pub use statistics::{ExportStatistics, Operation, OperationStatistics};
+pub use throttle::Limits;
 pub use tls::{Identity, Tls, TlsError};

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use muster_block::{BlockDevice, BlockError, BlockErrorKind, Geometry};
@@ -25,6 +25,7 @@ use parking_lot::{Condvar, Mutex, RwLock};
 use crate::handshake::{Offer, Refusal};
 use crate::protocol::{Errno, transmission_flag as flag};
 use crate::statistics::{ExportStatistics, Statistics};
+use crate::throttle::{Limits, Throttle};
 use crate::tls::Identity;
 use crate::transport::Socket;
 
@@ -111,13 +112,33 @@ pub struct Export {
     reported: AtomicBool,
     sessions: Mutex<Sessions>,
     left: Condvar,
+    throttle: Throttle,
+    /// Queues whose first request waits for space.
+    waiting: AtomicUsize,
+}
+
+/// How a session is ended from outside. Called with the session table locked: must not block.
+pub(crate) trait Link: Send + Sync {
+    /// Asks it to end: what was received is finished, what comes later refused.
+    fn drain(&self);
+    /// Ends it at once.
+    fn cut(&self);
+}
+
+impl Link for Socket {
+    fn drain(&self) {
+        Socket::drain(self);
+    }
+    fn cut(&self) {
+        Socket::cut(self);
+    }
 }
 
 #[derive(Default)]
 struct Sessions {
     closing: bool,
     next: u64,
-    live: BTreeMap<u64, (Peer, Option<Socket>)>,
+    live: BTreeMap<u64, (Peer, Option<Box<dyn Link>>)>,
 }
 
 impl std::fmt::Debug for Export {
@@ -139,6 +160,8 @@ impl Export {
             reported: AtomicBool::new(false),
             sessions: Mutex::default(),
             left: Condvar::new(),
+            throttle: Throttle::default(),
+            waiting: AtomicUsize::new(0),
         }
     }
 
@@ -159,9 +182,54 @@ impl Export {
         &self.device
     }
 
-    /// Its counters since it was made.
+    /// Its counters since it was made, and how it is now.
     pub fn statistics(&self) -> ExportStatistics {
-        self.statistics.snapshot()
+        let mut statistics = self.statistics.snapshot();
+        statistics.waiting_for_space = self.waiting_for_space();
+        statistics
+    }
+
+    /// Sets what it may do a second, from now on, for all its sessions together.
+    pub fn set_limits(&self, limits: Limits) {
+        self.throttle.set(limits);
+    }
+
+    /// What it may do a second.
+    pub fn limits(&self) -> Limits {
+        self.throttle.limits()
+    }
+
+    /// A write over vhost-user was refused for want of space and is tried again until there is some. NBD clients are
+    /// told instead.
+    pub fn waiting_for_space(&self) -> bool {
+        self.waiting.load(Ordering::Acquire) > 0
+    }
+
+    /// Admits a request of that many bytes under the limits, or says how long to wait before asking again.
+    pub(crate) fn admit(&self, now: Instant, bytes: u64) -> Result<(), Duration> {
+        self.throttle.admit(now, bytes)
+    }
+
+    /// Waits for a request's turn under the limits, or until the export is fenced or going away. For a thread that
+    /// serves one connection and has nothing else to do.
+    #[allow(dead_code, reason = "for the NBD session")]
+    pub(crate) fn wait_turn(&self, bytes: u64) {
+        if self.throttle.wait(bytes, || self.is_fenced() || self.is_closing()) {
+            self.statistics.throttled();
+        }
+    }
+
+    pub(crate) fn is_closing(&self) -> bool {
+        self.sessions.lock().closing
+    }
+
+    /// One more or one fewer queue waits for space. Returns whether that changed [`Export::waiting_for_space`].
+    pub(crate) fn wait_for_space(&self, waits: bool) -> bool {
+        if waits {
+            self.waiting.fetch_add(1, Ordering::AcqRel) == 0
+        } else {
+            self.waiting.fetch_sub(1, Ordering::AcqRel) == 1
+        }
     }
 
     /// Who is connected.
@@ -197,11 +265,9 @@ impl Export {
     pub fn close(&self, grace: Duration) -> usize {
         let mut sessions = self.sessions.lock();
         sessions.closing = true;
-        let stop = |sessions: &Sessions, how: fn(&Socket)| {
-            sessions.live.values().filter_map(|(_, socket)| socket.as_ref()).for_each(how);
-        };
-        for how in [Socket::drain, Socket::cut] {
-            stop(&sessions, how);
+        let stops: [fn(&dyn Link); 2] = [|link| link.drain(), |link| link.cut()];
+        for how in stops {
+            sessions.live.values().filter_map(|(_, link)| link.as_deref()).for_each(how);
             let deadline = Instant::now() + grace;
             while !sessions.live.is_empty() {
                 if self.left.wait_until(&mut sessions, deadline).timed_out() {
@@ -235,7 +301,7 @@ impl Export {
     }
 
     /// The geometry; a device that panics even here is fenced and has no size.
-    fn geometry(&self) -> Geometry {
+    pub(crate) fn geometry(&self) -> Geometry {
         match catch_unwind(AssertUnwindSafe(|| self.device.geometry())) {
             Ok(geometry) => geometry,
             Err(panic) => {
@@ -276,13 +342,17 @@ impl Export {
 
     /// Enters a session, unless the export is going away.
     pub(crate) fn enter(self: &Arc<Self>, peer: Peer, socket: Option<Socket>) -> Result<Entered, Refusal> {
+        self.enter_linked(peer, socket.map(|socket| Box::new(socket) as Box<dyn Link>))
+    }
+
+    pub(crate) fn enter_linked(self: &Arc<Self>, peer: Peer, link: Option<Box<dyn Link>>) -> Result<Entered, Refusal> {
         let mut sessions = self.sessions.lock();
         if sessions.closing {
             return Err(Refusal::Shutdown);
         }
         let id = sessions.next;
         sessions.next += 1;
-        sessions.live.insert(id, (peer, socket));
+        sessions.live.insert(id, (peer, link));
         Ok(Entered { export: Arc::clone(self), id })
     }
 }

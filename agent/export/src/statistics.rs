@@ -1,7 +1,8 @@
 //! What an export did, counted where it happens: libvirt cannot count every kind of disk, so the export does.
 //!
-//! Latency is the time from receiving a request's last needed byte to its reply being ready, waiting behind earlier
-//! requests of the same connection included; the time on the socket is not ours to see.
+//! Latency is the time from receiving a request's last needed byte (over vhost-user: from seeing it in its queue) to its
+//! reply being ready, waiting behind earlier requests of the same connection or queue included, and waiting for a
+//! limit or for space too; the time on the socket is not ours to see.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
@@ -47,6 +48,8 @@ impl Operation {
 #[derive(Debug, Default)]
 pub struct Statistics {
     operations: [Counter; Operation::ALL.len()],
+    in_flight: AtomicU64,
+    throttled: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -86,9 +89,27 @@ impl Statistics {
         counter.histogram.0[bucket(latency)].fetch_add(1, Relaxed);
     }
 
+    /// Requests were received.
+    pub fn began(&self, requests: u64) {
+        self.in_flight.fetch_add(requests, Relaxed);
+    }
+
+    /// Requests that began were answered or given up.
+    pub fn ended(&self, requests: u64) {
+        self.in_flight.fetch_sub(requests, Relaxed);
+    }
+
+    /// A request has to wait for a limit.
+    pub fn throttled(&self) {
+        self.throttled.fetch_add(1, Relaxed);
+    }
+
     /// The counters now.
     pub fn snapshot(&self) -> ExportStatistics {
         ExportStatistics {
+            in_flight: self.in_flight.load(Relaxed),
+            throttled: self.throttled.load(Relaxed),
+            waiting_for_space: false,
             operations: std::array::from_fn(|index| {
                 let counter = &self.operations[index];
                 let histogram: [u64; BUCKETS] = std::array::from_fn(|bucket| counter.histogram.0[bucket].load(Relaxed));
@@ -107,6 +128,12 @@ impl Statistics {
 /// A snapshot of the counters of an export since it was added.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ExportStatistics {
+    /// Requests received and not yet answered.
+    pub in_flight: u64,
+    /// Requests that had to wait for the export's limits.
+    pub throttled: u64,
+    /// A write waits until the store has room for it; see [`Export::waiting_for_space`](crate::Export::waiting_for_space).
+    pub waiting_for_space: bool,
     operations: [OperationStatistics; Operation::ALL.len()],
 }
 

@@ -36,7 +36,7 @@ fn memory(bytes: Vec<u8>) -> (Arc<MemoryDevice>, Served) {
 fn nbdinfo_sees_every_capability() {
     let Some(mut nbdinfo) = tool("nbdinfo", "libnbd-bin") else { return };
     let (_, served) = memory(vec![0; SIZE]);
-    let output = run(nbdinfo.args(["--json", &served.uri()]));
+    let output = run(nbdinfo.args(["--no-content", "--json", &served.uri()]));
     let text = String::from_utf8(output.stdout).unwrap();
     for wanted in [
         "\"protocol\": \"newstyle-fixed\"",
@@ -65,7 +65,12 @@ fn nbdinfo_lists_exports_and_a_read_only_one_says_so() {
     let Some(mut nbdinfo) = tool("nbdinfo", "libnbd-bin") else { return };
     let (_, served) = memory(vec![0; 1 << 20]);
     served.registry.add("other", Arc::new(MemoryDevice::new(ByteLen::mib(2)).read_only())).unwrap();
-    let output = run(nbdinfo.args(["--list", "--json", &format!("nbd+unix://?socket={}", served.socket.display())]));
+    let output = run(nbdinfo.args([
+        "--list",
+        "--no-content",
+        "--json",
+        &format!("nbd+unix://?socket={}", served.socket.display()),
+    ]));
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains(NAME) && text.contains("\"other\""), "{text}");
     assert!(text.contains("\"is_read_only\": true"), "{text}");

@@ -30,6 +30,11 @@ impl Work {
         }
         self.fetch_boot_files(&template).await?;
         let (image, _) = self.ensure_image(template.image, &template.spec.image_name).await?;
+        let transport = self.host.wanted_transport(template.spec.vcpus);
+        let mut applications = Vec::new();
+        for (digest, name) in &template.applications {
+            applications.push(self.ensure_image(*digest, name).await?.0);
+        }
         let mut disks = vec![DiskRecord {
             role: DiskRole::System,
             target: "vda".into(),
@@ -37,6 +42,7 @@ impl Work {
             generation: 1,
             size: image.size(),
             image: Some(template.image),
+            transport,
         }];
         if let Some(size) = template.data {
             disks.push(DiskRecord {
@@ -46,6 +52,18 @@ impl Work {
                 generation: 1,
                 size,
                 image: None,
+                transport,
+            });
+        }
+        for (n, application) in applications.iter().enumerate() {
+            disks.push(DiskRecord {
+                role: DiskRole::Application,
+                target: arguments::application_target(n),
+                volume: VolumeId::random(),
+                generation: 1,
+                size: application.size(),
+                image: Some(application.digest()),
+                transport,
             });
         }
         let record = VmRecord::new(vm, name, template.spec.clone(), disks, self.host.now_us());
@@ -122,7 +140,7 @@ impl Work {
             for disk in &gone.disks {
                 host.volumes.destroy(disk)?;
             }
-            Ok(host.records.remove(gone.vm)?)
+            Ok(host.forget_record(gone.vm)?)
         });
         match removed.await {
             Ok(()) => true,
@@ -149,10 +167,9 @@ impl Work {
             for disk in &gone.disks {
                 host.volumes.destroy(disk)?;
             }
-            Ok(host.records.remove(vm)?)
+            Ok(host.forget_record(vm)?)
         })
         .await?;
-        self.host.inventory.remove(vm);
         for path in [self.host.console_socket(vm), self.host.vnc_socket(vm), self.host.log_path(vm)] {
             // QEMU removes its sockets itself as a rule
             let _ = std::fs::remove_file(path);

@@ -47,6 +47,7 @@ use crate::{
     inventory::{Entry, is_lost},
     ledger::CommandEntry,
     machines::enabled_state,
+    records::PausedBy,
 };
 
 /// What a verb yields when it is done.
@@ -64,9 +65,13 @@ struct Work {
 }
 
 /// What is so before anything is begun.
-pub async fn facts(host: &Host, order: &Order) -> Facts {
+pub async fn facts(host: &Arc<Host>, order: &Order) -> Facts {
     let digest = order.argument(muster_idl::arguments::name::DIGEST).unwrap_or_default();
     let mut facts = read(host, order.target_kind, order.vm, order.verb, digest).await;
+    if let (Verb::Pause, Some(vm), Some(EnabledState::Quiesce)) = (order.verb, order.vm, facts.state) {
+        // nothing is left to do, but from now on it is paused by a command: nobody resumes it by himself
+        host.mark_paused(vm, Some(PausedBy::Command)).await;
+    }
     if order.verb == Verb::Create && facts.state.is_some() {
         let wanted = arguments::template(order).ok().map(|t| t.spec);
         let name = arguments::vm_name(order).ok();

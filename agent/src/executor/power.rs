@@ -7,7 +7,11 @@ use muster_common::{ErrorCode, VmId};
 use muster_virt::{DomainState, Hypervisor, HypervisorErrorKind, Lane, ShutdownMode, StateReason};
 
 use super::{Done, Failure, Work};
-use crate::{arguments::ShutdownPolicy, machines::enabled_state, records::VmRecord};
+use crate::{
+    arguments::ShutdownPolicy,
+    machines::enabled_state,
+    records::{PausedBy, VmRecord},
+};
 
 /// Between two looks at a state. The hypervisor's events wake the look earlier.
 const LOOK: Duration = Duration::from_millis(200);
@@ -80,6 +84,7 @@ impl Work {
             match self.state().await?.0 {
                 DomainState::Running => return Ok(Done::default()),
                 DomainState::Paused => {
+                    self.host.mark_paused(vm, None).await;
                     Self::tolerate_unknown(self.call(Lane::Vm(vm), "resume", move |h| h.resume(vm)).await)?;
                     tokio::time::sleep(SETTLE).await;
                     let (state, reason) = self.state().await?;
@@ -113,6 +118,7 @@ impl Work {
     /// Starts a machine that is off: definition, boot files and exports are made sure of first.
     pub(super) async fn start(&self, record: &VmRecord) -> Result<(), Failure> {
         let vm = record.vm;
+        let record = &self.settle_record(record).await?;
         self.host.inventory.update(vm, |e| {
             e.transition = Some(EnabledState::Starting);
             e.guest_up = false;
@@ -124,6 +130,26 @@ impl Work {
             self.host.count_guest_file_reads(1 + u64::from(record.template.boot.initrd.is_some()));
         }
         Self::tolerate_unknown(self.call(Lane::Vm(vm), "start", move |h| h.start(vm)).await)
+    }
+
+    /// What a cold start begins with: nobody has paused it, and its disks are served as the configuration says now.
+    async fn settle_record(&self, record: &VmRecord) -> Result<VmRecord, Failure> {
+        let wanted = self.host.wanted_transport(record.template.vcpus);
+        if record.paused_by.is_none() && record.disks.iter().all(|disk| disk.transport == wanted) {
+            return Ok(record.clone());
+        }
+        let old = record.clone();
+        self.blocking(move |host| {
+            for disk in old.disks.iter().filter(|disk| disk.transport != wanted) {
+                host.volumes.withdraw(disk)?;
+            }
+            let settle = |record: &mut VmRecord| {
+                record.paused_by = None;
+                record.disks.iter_mut().for_each(|disk| disk.transport = wanted);
+            };
+            host.change_record(old.vm, settle)?.ok_or_else(Failure::no_such_vm)
+        })
+        .await
     }
 
     pub(super) async fn define(&self, record: &VmRecord) -> Result<(), Failure> {
@@ -207,6 +233,7 @@ impl Work {
         Self::tolerate_unknown(self.call(Lane::Vm(vm), "reset", move |h| h.reset(vm)).await)?;
         self.host.inventory.update(vm, |e| e.guest_up = false);
         if self.state().await?.0 == DomainState::Paused {
+            self.host.mark_paused(vm, None).await;
             Self::tolerate_unknown(self.call(Lane::Vm(vm), "resume", move |h| h.resume(vm)).await)?;
         }
         self.wait_for(EnabledState::Enabled).await.map(|()| Done::default())
@@ -238,8 +265,14 @@ impl Work {
 
     pub(super) async fn pause(&self) -> Result<Done, Failure> {
         let vm = self.vm()?;
+        // first the mark: nobody is to resume it in between
+        self.host.mark_paused(vm, Some(PausedBy::Command)).await;
         Self::tolerate_unknown(self.call(Lane::Vm(vm), "pause", move |h| h.pause(vm)).await)?;
-        self.wait_for(EnabledState::Quiesce).await.map(|()| Done::default())
+        let paused = self.wait_for(EnabledState::Quiesce).await;
+        if paused.is_err() {
+            self.host.mark_paused(vm, None).await;
+        }
+        paused.map(|()| Done::default())
     }
 
     pub(super) async fn suspend(&self) -> Result<Done, Failure> {

@@ -8,7 +8,7 @@ use muster_backup::{BackedVm, Captured, Plan, VolumeToBackUp};
 use muster_block::BlockDevice;
 use muster_common::{Chain, ErrorCode, VmId};
 use muster_idl::{
-    arguments::{BackupResult, BackupVolumeResult},
+    arguments::{BackupResult, BackupVolumeResult, SnapshotResult, SnapshotVolumeResult},
     v1::Severity,
 };
 use muster_store::Snapshot;
@@ -89,8 +89,7 @@ impl Work {
         self.blocking(move |host| {
             let lost = |d: &DiskRecord| Failure::failed(ErrorCode::VolumeLost, format!("volume {} is lost", d.volume));
             record
-                .disks
-                .iter()
+                .own_disks()
                 .map(|d| {
                     let volume = host.volumes.find(d).ok_or_else(|| lost(d))?;
                     Ok((d.clone(), volume.snapshot()?))
@@ -154,19 +153,42 @@ impl Work {
 
     pub(super) async fn snapshot(&self) -> Result<Done, Failure> {
         let name = arguments::snapshot_name(&self.order)?;
+        let keep = arguments::keep(&self.order)?;
         let entry = self.entry()?;
         if entry.snapshots.contains_key(&name) {
             let text = format!("the VM has a snapshot {name:?} already");
             return Err(Failure::refused(ErrorCode::AlreadyExists, text));
         }
         let cut = self.cut(&entry).await?;
-        let volumes = cut.disks.into_iter().map(|(d, s)| (d.volume, s)).collect();
-        let set = SnapshotSet { taken_us: self.host.now_us(), volumes };
+        let taken_us = self.host.now_us();
+        let result = SnapshotResult {
+            name: name.clone(),
+            taken_at_us: taken_us,
+            consistent: cut.consistent,
+            volumes: cut
+                .disks
+                .iter()
+                .map(|(d, _)| SnapshotVolumeResult {
+                    volume: d.volume.to_string(),
+                    role: d.role.as_str().into(),
+                    size_bytes: d.size.bytes(),
+                    image: d.image.map(|i| i.to_string()).unwrap_or_default(),
+                })
+                .collect(),
+        };
+        let volumes: Vec<_> = cut.disks.into_iter().map(|(d, s)| (d.volume, s)).collect();
+        if keep.is_none() {
+            // so that the next run finds it with the volumes
+            for (volume, snapshot) in &volumes {
+                self.host.volumes.store.keep_snapshot(snapshot, *volume, &name)?;
+            }
+        }
+        let set = SnapshotSet::new(taken_us, volumes, keep);
         self.host.inventory.update(entry.record.vm, |e| {
             e.snapshots.insert(name, set);
         });
         let message = if cut.consistent { "" } else { CRASH_CONSISTENT };
-        Ok(Done { message: message.into(), ..Done::default() })
+        Ok(Done { message: message.into(), result: json(&result)? })
     }
 
     pub(super) async fn backup(&self) -> Result<Done, Failure> {

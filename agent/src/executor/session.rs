@@ -11,7 +11,7 @@ use muster_virt::{DomainState, Lane};
 
 use super::{Done, Failure, Work};
 use crate::{
-    arguments,
+    arguments::{self, Template},
     host::Host,
     inventory::is_there,
     records::{DiskRecord, DiskRole, VmRecord},
@@ -25,20 +25,18 @@ impl Work {
     async fn next_generation(&self, record: &VmRecord, roles: &[DiskRole]) -> Result<VmRecord, Failure> {
         let old = record.clone();
         let roles = roles.to_vec();
-        let new = self
-            .blocking(move |host| {
-                let mut new = old.clone();
-                for (disk, before) in new.disks.iter_mut().zip(&old.disks).filter(|(d, _)| roles.contains(&d.role)) {
-                    host.volumes.withdraw(before)?;
+        self.blocking(move |host| {
+            for disk in old.disks.iter().filter(|d| roles.contains(&d.role)) {
+                host.volumes.withdraw(disk)?;
+            }
+            let next = |new: &mut VmRecord| {
+                for disk in new.disks.iter_mut().filter(|d| roles.contains(&d.role)) {
                     disk.generation += 1;
                 }
-                host.records.save(&new)?;
-                Ok(new)
-            })
-            .await?;
-        let shown = new.clone();
-        self.host.inventory.update(new.vm, |e| e.record = shown);
-        Ok(new)
+            };
+            host.change_record(old.vm, next)?.ok_or_else(Failure::no_such_vm)
+        })
+        .await
     }
 
     pub(super) async fn reset_session(&self) -> Result<Done, Failure> {
@@ -56,6 +54,7 @@ impl Work {
         };
         self.fetch_boot_files(&template).await?;
         self.ensure_image(template.image, &template.spec.image_name).await?;
+        self.ensure_applications(&template).await?;
         let fetched = match (&lost_data, data_from) {
             (Some(disk), Some(Some(backup))) => Some((self.fetch_disk(disk.clone(), backup).await?, backup)),
             _ => None,
@@ -68,13 +67,14 @@ impl Work {
         } else if before == DomainState::Saved {
             self.host.machines.call(Lane::Vm(vm), "discard saved memory", move |h| h.discard_saved(vm)).await?;
         }
-        self.host.inventory.update(vm, |e| e.snapshots.clear());
+        self.host.clear_snapshots(vm);
 
         let mut roles = vec![DiskRole::System];
         if lost_data.is_some() {
             roles.push(DiskRole::Data);
         }
         let record = self.next_generation(&entry.record, &roles).await?;
+        let record = self.renew_applications(&record).await?;
         let renewed = record.clone();
         let image = template.image;
         self.blocking(move |host| {
@@ -108,6 +108,32 @@ impl Work {
             self.wait_for(EnabledState::Enabled).await?;
         }
         Ok(Done { message, ..Done::default() })
+    }
+
+    async fn ensure_applications(&self, template: &Template) -> Result<(), Failure> {
+        for (digest, name) in &template.applications {
+            self.ensure_image(*digest, name).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes application disks that were lost again, out of their (resident) images; the record they are in then.
+    async fn renew_applications(&self, record: &VmRecord) -> Result<VmRecord, Failure> {
+        if record.applications().all(|d| is_there(d, &self.host.volumes.store)) {
+            return Ok(record.clone());
+        }
+        let record = self.next_generation(record, &[DiskRole::Application]).await?;
+        let renewed = record.clone();
+        self.blocking(move |host| {
+            for disk in renewed.applications() {
+                host.volumes.destroy(disk)?;
+                host.volumes.make(disk)?;
+                host.volumes.offer(renewed.vm, disk)?;
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(record)
     }
 
     /// Where a lost data disk comes from: a backup, or `None`: blank, because the command allows it.
@@ -155,24 +181,27 @@ impl Work {
             .filter(|b| b.vms.iter().any(|v| v.id == vm))
             .ok_or_else(|| Failure::refused(ErrorCode::NotFound, "there is no such backup of this VM on this host"))?;
         let in_it: Vec<DiskRole> =
-            entry.record.disks.iter().filter(|d| has(&backup, vm, d.volume)).map(|d| d.role).collect();
-        if in_it.len() < entry.record.disks.len() {
+            entry.record.own_disks().filter(|d| has(&backup, vm, d.volume)).map(|d| d.role).collect();
+        if in_it.len() < entry.record.own_disks().count() {
             return Err(Failure::refused(ErrorCode::NotFound, "the backup does not have all volumes of the VM"));
         }
         // the image makes the restored system disk share memory with its siblings; without it the restore works too
-        for disk in entry.record.disks.iter().filter_map(|d| d.image) {
+        for disk in entry.record.own_disks().filter_map(|d| d.image) {
             if let Err(f) = self.ensure_image(disk, &entry.record.template.image_name).await {
                 tracing::warn!(image = %disk.short(), reason = f.message, "restoring without the image in memory");
             }
         }
+        // an application's disk is nothing but its image
+        self.ensure_applications(&arguments::check_template(entry.record.template.clone())?).await?;
         // all contents first: a restore that fails leaves the VM as it was
         let mut contents = Vec::new();
-        for disk in entry.record.disks.clone() {
+        for disk in entry.record.own_disks().cloned().collect::<Vec<_>>() {
             contents.push((disk.volume, self.fetch_disk(disk, backup.id).await?));
         }
         let record = self.next_generation(&entry.record, &in_it).await?;
-        self.host.inventory.update(vm, |e| e.snapshots.clear());
+        self.host.clear_snapshots(vm);
         self.put_all(&record, contents).await?;
+        let record = self.renew_applications(&record).await?;
         self.define(&record).await?;
         Ok(Done { message: format!("from backup {}", backup.id), ..Done::default() })
     }
@@ -230,7 +259,7 @@ impl Work {
 
     pub(super) async fn destroy_volumes(&self) -> Result<Done, Failure> {
         let entry = self.entry()?;
-        self.host.inventory.update(entry.record.vm, |e| e.snapshots.clear());
+        self.host.clear_snapshots(entry.record.vm);
         let record = entry.record.clone();
         self.blocking(move |host| {
             for disk in &record.disks {
@@ -285,7 +314,7 @@ fn put(host: &Host, vm: VmId, disk: &DiskRecord, snapshot: &Snapshot) -> Result<
             // never offered in this generation: reverting makes it the next one
             let base = disk.image.filter(|image| store.image(image).is_some());
             let generation = disk.generation - 1;
-            let spec = VolumeSpec { id: disk.volume, generation, base, size: Some(disk.size), read_only: false };
+            let spec = VolumeSpec { generation, base, ..VolumeSpec::blank(disk.volume, disk.size) };
             store.create_volume(spec)?
         }
     };

@@ -23,7 +23,7 @@ const MIB: u64 = 512;
 const BLOCKS: u64 = MIB << 8;
 
 fn open(pages: Pages) -> (Store, Arc<Volume>) {
-    let store = Store::open(StoreConfig { budget: ByteLen::mib(MIB * 3), pages }).unwrap();
+    let store = Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::mib(MIB * 3)) }).unwrap();
     let volume = store.create_volume(VolumeSpec::blank(VolumeId::random(), ByteLen::mib(MIB))).unwrap();
     (store, volume)
 }
@@ -182,7 +182,7 @@ fn import(criterion: &mut Criterion) {
             bench.iter_custom(|rounds| {
                 let mut total = Duration::ZERO;
                 for _ in 0..rounds {
-                    let store = Store::open(StoreConfig { budget: ByteLen::mib(400), pages }).unwrap();
+                    let store = Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::mib(400)) }).unwrap();
                     let size = ByteLen(source.len() as u64);
                     let builder = store.image_builder(Digest::from_bytes([1; 32]), "bench", size).unwrap();
                     let start = Instant::now();

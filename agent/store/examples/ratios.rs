@@ -37,7 +37,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 fn volume(pages: Pages) -> (Store, Arc<Volume>) {
-    let store = Store::open(StoreConfig { budget: ByteLen::mib(2 * MIB), pages }).unwrap();
+    let store = Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::mib(2 * MIB)) }).unwrap();
     let volume = store.create_volume(VolumeSpec::blank(VolumeId::random(), ByteLen::mib(MIB))).unwrap();
     fill(|at, data| volume.write_at(at, data, WriteFlags::default()).unwrap());
     (store, volume)
@@ -138,7 +138,7 @@ fn main() {
     for (pages, threads) in [(Pages::Small, 1), (Pages::Transparent, 1), (Pages::Transparent, 2)] {
         let (mut wall, mut busy) = (Vec::new(), Vec::new());
         for _ in 0..5 {
-            let store = Store::open(StoreConfig { budget: ByteLen::mib(400), pages }).unwrap();
+            let store = Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::mib(400)) }).unwrap();
             let size = ByteLen(source.len() as u64);
             let builder = store.image_builder(Digest::from_bytes([1; 32]), "image", size).unwrap();
             let start = Instant::now();

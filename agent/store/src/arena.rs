@@ -1,18 +1,21 @@
 //! Memory straight from the kernel. The only module of this crate with `unsafe` in it.
 //!
 //! A [`Region`] is address space reserved at once and taken from the machine page by page as it is touched
-//! (`MAP_NORESERVE`), so its size costs nothing. [`Words`] shows one as atomics, which is safe for anybody at any time.
-//! [`Blocks`] shows one as frames of [`BLOCK`] bytes, and relies on one rule that `frames.rs` keeps:
+//! (`MAP_NORESERVE`), so its size costs nothing. It is either private to the process, or a file in memory (tmpfs,
+//! hugetlbfs) that outlives it. [`Words`] shows one as atomics, which is safe for anybody at any time. [`Blocks`] shows
+//! one as frames of [`BLOCK`] bytes, and relies on one rule that `frames.rs` keeps:
 //!
 //! **Frame rule.** A frame without a reference belongs to the one thread that took it from the pool, which alone may
 //! fill it. From the moment it is published (entered in the index, or in a map) until its last reference is dropped
 //! nobody writes it. Whoever reads or compares a frame holds a reference to it, or the lock of a map that does, or the
-//! lock of the index shard that lists it, for as long as the call lasts.
+//! lock of the index shard that lists it, for as long as the call lasts. Spilling and repair are the two exceptions:
+//! they change or withdraw a published frame's memory, and everybody who reads finds out by the frame's mark
+//! (`marks.rs`) and reads again.
 #![allow(unsafe_code)]
 
-use std::{ffi::c_void, io, ops::Range, ptr::NonNull, sync::atomic::AtomicU32};
+use std::{ffi::c_void, fs::File, io, ops::Range, ptr::NonNull, sync::atomic::AtomicU32};
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use crate::PageKind;
 
@@ -20,7 +23,23 @@ use crate::PageKind;
 pub(crate) const BLOCK: usize = 4096;
 
 /// What huge pages come in on the machines we know (x86-64, AArch64 with 4 KiB pages).
-const HUGE: usize = 2 << 20;
+pub(crate) const HUGE: usize = 2 << 20;
+
+/// What the tables beside frames come in.
+const SMALL: usize = 4096;
+
+/// Asks the processor to bring the cache line at an address near. A hint: whatever the address, nothing else happens.
+#[inline]
+pub(crate) fn prefetch(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64, and a prefetch of an address that is not mapped does nothing.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::without_provenance(address));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
 
 /// Reserved address space.
 struct Region {
@@ -30,6 +49,8 @@ struct Region {
     /// The mapping as the kernel gave it.
     mapping: *mut c_void,
     mapped: usize,
+    /// A file's, so that pages go back by punching holes into it.
+    shared: bool,
 }
 
 // SAFETY: a Region is an address and a length that never change; what may be done with the memory behind it is ruled by
@@ -39,21 +60,34 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    fn reserve(len: usize, pages: PageKind) -> io::Result<Region> {
-        let len = len.max(1).next_multiple_of(HUGE);
+    /// `file`: where the memory lies; `None` is private memory, all zero. A file is made as long as it has to be and
+    /// never shorter.
+    fn reserve(len: usize, pages: PageKind, file: Option<&File>) -> io::Result<Region> {
+        let unit = if pages == PageKind::Small { SMALL } else { HUGE };
+        let len = len.max(1).next_multiple_of(unit);
         // one huge page more than needed, so that the base can be aligned
         let mapped = len.checked_add(HUGE).ok_or(io::ErrorKind::InvalidInput)?;
-        let flags = match pages {
-            PageKind::Small | PageKind::Transparent => MapFlags::PRIVATE | MapFlags::NORESERVE,
-            PageKind::Huge => MapFlags::PRIVATE | MapFlags::HUGETLB,
+        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        let (space, flags) = match (file, pages) {
+            (Some(_), _) => (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE),
+            (None, PageKind::Huge) => (rights, MapFlags::PRIVATE | MapFlags::HUGETLB),
+            (None, _) => (rights, MapFlags::PRIVATE | MapFlags::NORESERVE),
         };
         // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no existing memory.
-        let mapping =
-            unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, ProtFlags::READ | ProtFlags::WRITE, flags) }?;
+        let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, space, flags) }?;
         let skip = mapping.cast::<u8>().align_offset(HUGE);
         // SAFETY: the mapping is HUGE bytes longer than `len`, so base and base + len lie within it.
         let base = unsafe { NonNull::new_unchecked(mapping.cast::<u8>().add(skip)) };
-        let region = Region { base, len, mapping, mapped };
+        let region = Region { base, len, mapping, mapped, shared: file.is_some() };
+        if let Some(file) = file {
+            if file.metadata()?.len() < len as u64 {
+                file.set_len(len as u64)?;
+            }
+            // hugetlbfs sets the pages aside now or refuses; a tmpfs lends them as they are touched
+            let reserve = if pages == PageKind::Huge { MapFlags::empty() } else { MapFlags::NORESERVE };
+            // SAFETY: the range is ours, reserved above and without access; the file's mapping takes its place.
+            unsafe { mmap(base.as_ptr().cast(), len, rights, MapFlags::SHARED | MapFlags::FIXED | reserve, file, 0) }?;
+        }
         match pages {
             // SAFETY: the range is ours; this advice does not change contents.
             PageKind::Transparent => unsafe { madvise(region.base.as_ptr().cast(), len, Advice::LinuxHugepage) }?,
@@ -73,9 +107,18 @@ impl Region {
     /// Gives the pages of the range back to the machine. They read as zero afterwards.
     fn give_back(&self, range: Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.len);
+        let advice = if self.shared { Advice::LinuxRemove } else { Advice::LinuxDontNeed };
         // SAFETY: the range lies within our mapping. The callers of `Words::give_back` and `Blocks::give_back` own all of
         // it: nobody reads or writes it during the call. An error leaves the pages as they are, which is harmless.
-        let _ = unsafe { madvise(self.base.as_ptr().add(range.start).cast(), range.len(), Advice::LinuxDontNeed) };
+        let _ = unsafe { madvise(self.base.as_ptr().add(range.start).cast(), range.len(), advice) };
+    }
+
+    /// Takes the pages of the range from the machine now, or says that there are none.
+    fn populate(&self, range: Range<usize>) -> io::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: the range lies within our mapping; populating it changes no contents.
+        unsafe { madvise(self.base.as_ptr().add(range.start).cast(), range.len(), Advice::LinuxPopulateWrite) }?;
+        Ok(())
     }
 }
 
@@ -90,8 +133,8 @@ impl Drop for Region {
 pub(crate) struct Words(Region);
 
 impl Words {
-    pub(crate) fn reserve(count: usize) -> io::Result<Words> {
-        Ok(Words(Region::reserve(count * size_of::<AtomicU32>(), PageKind::Small)?))
+    pub(crate) fn reserve(count: usize, file: Option<&File>) -> io::Result<Words> {
+        Ok(Words(Region::reserve(count * size_of::<AtomicU32>(), PageKind::Small, file)?))
     }
 
     #[inline]
@@ -100,6 +143,12 @@ impl Words {
         // AtomicU32, and the memory is only ever reached as atomics (`give_back` sets words to zero in the kernel, which
         // a concurrent atomic access may see before or after).
         unsafe { std::slice::from_raw_parts(self.0.base.as_ptr().cast(), self.0.len / size_of::<AtomicU32>()) }
+    }
+
+    /// Brings the pages of these words near before they are all wanted. Not vital, so not checked.
+    pub(crate) fn populate(&self, words: Range<usize>) {
+        let bytes = words.start * size_of::<AtomicU32>()..(words.end * size_of::<AtomicU32>()).min(self.0.len);
+        let _ = self.0.populate(bytes.start / SMALL * SMALL..bytes.end);
     }
 
     /// Gives whole pages of words that nobody uses back to the machine.
@@ -113,12 +162,42 @@ impl Words {
     }
 }
 
+/// Copies a block to memory that is not near and will not be wanted soon: without reading it first, as an ordinary copy
+/// has the processor do, and without driving out what is near.
+///
+/// # Safety
+/// `to` is valid for writes of [`BLOCK`] bytes, aligned to 64, and does not overlap `block`.
+#[inline]
+unsafe fn copy_past_caches(block: &[u8; BLOCK], to: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+        let (from, to) = (block.as_ptr().cast::<__m128i>(), to.cast::<__m128i>());
+        for line in (0..BLOCK / 16).step_by(4) {
+            // SAFETY: SSE2 is part of x86-64; the caller vouches for `to`, and `block` has as many bytes.
+            unsafe {
+                let words = [0, 1, 2, 3].map(|n| _mm_loadu_si128(from.add(line + n)));
+                for (n, word) in words.into_iter().enumerate() {
+                    _mm_stream_si128(to.add(line + n), word);
+                }
+            }
+        }
+        // SAFETY: as above. Such stores are not ordered with what publishes the frame, but for this.
+        unsafe { _mm_sfence() };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: the caller vouches for it.
+    unsafe {
+        std::ptr::copy_nonoverlapping(block.as_ptr(), to, BLOCK);
+    }
+}
+
 /// A region of frames. See the frame rule above.
 pub(crate) struct Blocks(Region);
 
 impl Blocks {
-    pub(crate) fn reserve(frames: usize, pages: PageKind) -> io::Result<Blocks> {
-        Ok(Blocks(Region::reserve(frames * BLOCK, pages)?))
+    pub(crate) fn reserve(frames: usize, pages: PageKind, file: Option<&File>) -> io::Result<Blocks> {
+        Ok(Blocks(Region::reserve(frames * BLOCK, pages, file)?))
     }
 
     #[inline]
@@ -133,8 +212,8 @@ impl Blocks {
     #[inline]
     pub(crate) fn fill(&self, frame: u32, block: &[u8; BLOCK]) {
         // SAFETY: by the frame rule no other thread reads or writes this frame now; source and destination are BLOCK
-        // bytes long, and no `&[u8]` ever refers to arena memory, so they do not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(block.as_ptr(), self.frame(frame), BLOCK) }
+        // bytes long, and no `&[u8]` ever refers to arena memory, so they do not overlap. A frame is aligned to BLOCK.
+        unsafe { copy_past_caches(block, self.frame(frame)) }
     }
 
     /// Copies bytes `from..from + buf.len()` of a frame the caller keeps alive.
@@ -153,7 +232,13 @@ impl Blocks {
         look(unsafe { &*self.frame(frame).cast::<[u8; BLOCK]>() })
     }
 
-    /// Gives frames back to the machine that are free and that the caller keeps out of the pool meanwhile.
+    /// Takes the memory of these frames, which are in nobody's hands, from the machine now.
+    pub(crate) fn populate(&self, frames: Range<u32>) -> io::Result<()> {
+        self.0.populate(frames.start as usize * BLOCK..frames.end as usize * BLOCK)
+    }
+
+    /// Gives frames back to the machine that are free and that the caller keeps out of the pool meanwhile; or one that is
+    /// marked, whose bytes are elsewhere.
     pub(crate) fn give_back(&self, frames: Range<u32>) {
         self.0.give_back(frames.start as usize * BLOCK..frames.end as usize * BLOCK);
     }
@@ -172,7 +257,7 @@ mod tests {
 
     #[test]
     fn frames_keep_what_they_were_filled_with_until_given_back() {
-        let blocks = Blocks::reserve(1 << 20, PageKind::Small).unwrap();
+        let blocks = Blocks::reserve(1 << 20, PageKind::Small, None).unwrap();
         blocks.fill(0, &[1; BLOCK]);
         blocks.fill((1 << 20) - 1, &[2; BLOCK]);
         let mut buf = [0; 10];
@@ -185,7 +270,7 @@ mod tests {
 
     #[test]
     fn words_start_as_zero() {
-        let words = Words::reserve(10_000).unwrap();
+        let words = Words::reserve(10_000, None).unwrap();
         assert!(words.all().len() >= 10_000);
         assert!(words.all().iter().all(|word| word.load(Relaxed) == 0));
         words.all()[1024].store(7, Relaxed);
@@ -196,6 +281,6 @@ mod tests {
     #[test]
     #[should_panic(expected = "outside of the arena")]
     fn a_frame_outside_of_the_arena_is_never_reached() {
-        Blocks::reserve(1, PageKind::Small).unwrap().fill(u32::MAX, &[0; BLOCK]);
+        Blocks::reserve(1, PageKind::Small, None).unwrap().fill(u32::MAX, &[0; BLOCK]);
     }
 }

@@ -1,13 +1,19 @@
 //! A map on the books of its store, as a block device. Volumes, snapshots, images and builders are disks with a name.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering::Relaxed},
+};
 
 use muster_block::{BlockDevice, BlockError, Extent, Geometry, WriteFlags, ZeroFlags};
 use muster_common::ByteLen;
 
 use crate::{
     StoreError,
+    account::{Account, Limits},
+    frames::Domain,
     map::{Map, Refused, Trees},
+    records::Record,
     store::Inner,
 };
 
@@ -22,7 +28,17 @@ pub(crate) struct Disk {
     pub(crate) map: Arc<Map>,
     /// Its entry in the books.
     number: u64,
+    /// Its record, by which it is found again after this process; 0 when it ends with the process.
+    record: AtomicU32,
     pub(crate) read_only: bool,
+    /// What it was charged.
+    cost: u64,
+}
+
+/// Whose a disk is, and what it may take.
+pub(crate) struct Holder {
+    pub(crate) domain: Arc<Domain>,
+    pub(crate) limits: Limits,
 }
 
 impl Disk {
@@ -37,24 +53,91 @@ impl Disk {
     }
 
     /// Takes over the trees. The caller is inside the world since before it made them.
-    pub(crate) fn new(inner: &Arc<Inner>, size: u64, trees: Trees, read_only: bool) -> Result<Disk, StoreError> {
-        if !inner.engine.charge(DISK_COST) {
-            inner.engine.release_trees(trees);
-            return Err(inner.full(DISK_COST));
+    pub(crate) fn new(
+        inner: &Arc<Inner>,
+        size: u64,
+        trees: Trees,
+        owner: Holder,
+        read_only: bool,
+    ) -> Result<Disk, StoreError> {
+        let cost = DISK_COST + Account::cost(owner.limits, size);
+        if !inner.engine.charge(cost) {
+            inner.engine.release_trees(&Account::NONE, trees);
+            return Err(inner.full(cost));
         }
-        let map = Arc::new(Map::new(size, trees));
+        Ok(Self::charged(inner, size, trees, owner, read_only, cost))
+    }
+
+    /// The same of what an earlier process left: it is there, whether the budget holds it or not.
+    pub(crate) fn found(inner: &Arc<Inner>, number: u32, record: &Record, trees: Trees, owner: Holder) -> Disk {
+        let size = record.variant.size;
+        let cost = DISK_COST + Account::cost(owner.limits, size);
+        inner.engine.budget.charge_anyway(cost);
+        let disk = Self::charged(inner, size, trees, owner, record.read_only, cost);
+        disk.record.store(number, Relaxed);
+        disk
+    }
+
+    fn charged(inner: &Arc<Inner>, size: u64, trees: Trees, owner: Holder, read_only: bool, cost: u64) -> Disk {
+        let account = Account::new(owner.limits, size);
+        let spills = account.spills();
+        let map = Arc::new(Map::new(size, trees, owner.domain, account));
+        if let Some(spill) = inner.engine.spill.as_ref().filter(|_| spills) {
+            spill.watch(&map);
+        }
         let number = inner.enter_in_books(&map);
-        Ok(Disk { inner: Arc::clone(inner), map, number, read_only })
+        Disk { inner: Arc::clone(inner), map, number, record: AtomicU32::new(0), read_only, cost }
+    }
+
+    /// Writes down what must be known to find the disk again.
+    pub(crate) fn note(&self, record: &Record) -> Result<(), StoreError> {
+        let number = self.inner.records.add(record).ok_or(StoreError::TooMany(crate::records::RECORDS))?;
+        self.record.store(number, Relaxed);
+        Ok(())
+    }
+
+    /// Its record; 0 when it has none.
+    pub(crate) fn record(&self) -> u32 {
+        self.record.load(Relaxed)
+    }
+
+    /// From now on it is not found again.
+    pub(crate) fn strike(&self) {
+        self.inner.records.remove(self.record.swap(0, Relaxed));
     }
 
     pub(crate) fn size(&self) -> ByteLen {
-        ByteLen(self.map.size)
+        ByteLen(self.map.size())
     }
 
-    /// A disk of its own that starts as this one is now. The caller is inside the world.
+    /// A disk of its own that starts as this one is now, whose blocks are this one's owner's. The caller is inside the
+    /// world.
     pub(crate) fn fork(&self, size: u64, read_only: bool) -> Result<Disk, StoreError> {
-        let trees = self.inner.engine.fork(&self.map, size).map_err(|refused| self.inner.refused(refused))?;
-        Disk::new(&self.inner, size, trees, read_only)
+        self.fork_for(size, Holder { domain: Arc::clone(&self.map.domain), limits: Limits::default() }, read_only)
+    }
+
+    /// The same for somebody else.
+    pub(crate) fn fork_for(&self, size: u64, owner: Holder, read_only: bool) -> Result<Disk, StoreError> {
+        let trees = self.fork_trees(size)?;
+        Disk::new(&self.inner, size, trees, owner, read_only)
+    }
+
+    pub(crate) fn fork_trees(&self, size: u64) -> Result<Trees, StoreError> {
+        let engine = &self.inner.engine;
+        let refused = |refused| self.inner.refused(&self.map, refused);
+        if !self.map.account.is_alone() {
+            return engine.fork(&self.map, size).map_err(refused);
+        }
+        // a copy makes all that was written the volume's alone no more: as much has to be kept aside again
+        loop {
+            self.inner.fill_reserve(&self.map, true)?;
+            let frozen = self.map.freeze();
+            if self.map.account.lack(true).frames == 0 {
+                let trees = engine.fork_frozen(&frozen, size).map_err(refused)?;
+                self.map.account.cut();
+                return Ok(trees);
+            }
+        }
     }
 
     /// Byte ranges mapped to other frames than `other` maps them to.
@@ -62,14 +145,17 @@ impl Disk {
         if !Arc::ptr_eq(&self.inner, &other.inner) {
             return Err(StoreError::ForeignSnapshot);
         }
-        let runs =
-            self.inner.engine.differences(&self.map, &other.map).map_err(|refused| self.inner.refused(refused))?;
-        let size = self.map.size.max(other.map.size);
+        let runs = self
+            .inner
+            .engine
+            .differences(&self.map, &other.map)
+            .map_err(|refused| self.inner.refused(&self.map, refused))?;
+        let size = self.map.size().max(other.map.size());
         Ok(runs.into_iter().map(|(first, count)| (first * 4096, (count * 4096).min(size - first * 4096))).collect())
     }
 
     fn refuse(&self, refused: Refused, what: &str, offset: u64, len: u64) -> BlockError {
-        let cause = self.inner.refused(refused);
+        let cause = self.inner.refused(&self.map, refused);
         BlockError::with_source(cause.block_kind(), format!("{what} {len} bytes at offset {offset}"), cause)
     }
 
@@ -85,9 +171,15 @@ impl Drop for Disk {
     fn drop(&mut self) {
         let engine = &self.inner.engine;
         let _inside = engine.world.enter_again();
+        if self.inner.is_leaving() {
+            // the memory stays as it is for whoever comes next
+            return;
+        }
+        self.strike();
         engine.close(&self.map);
+        self.inner.empty_reserve(&self.map);
         self.inner.strike_from_books(self.number);
-        engine.budget.credit(DISK_COST);
+        engine.budget.credit(self.cost);
     }
 }
 
@@ -100,6 +192,14 @@ impl BlockDevice for Disk {
         let len = buf.len() as u64;
         self.geometry().check(offset, len)?;
         self.inner.engine.read(&self.map, offset, buf).map_err(|refused| self.refuse(refused, "read", offset, len))
+    }
+
+    fn read_with(&self, offset: u64, len: u64, sink: &mut dyn FnMut(u64, &[u8])) -> Result<(), BlockError> {
+        self.geometry().check(offset, len)?;
+        self.inner
+            .engine
+            .show(&self.map, offset, len, sink)
+            .map_err(|refused| self.refuse(refused, "read", offset, len))
     }
 
     fn write_at(&self, offset: u64, data: &[u8], _flags: WriteFlags) -> Result<(), BlockError> {
@@ -144,6 +244,9 @@ macro_rules! device {
             }
             fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
                 self.$($disk).+.read_at(offset, buf)
+            }
+            fn read_with(&self, offset: u64, len: u64, sink: &mut dyn FnMut(u64, &[u8])) -> Result<(), BlockError> {
+                self.$($disk).+.read_with(offset, len, sink)
             }
             fn write_at(&self, offset: u64, data: &[u8], flags: WriteFlags) -> Result<(), BlockError> {
                 self.$($disk).+.write_at(offset, data, flags)

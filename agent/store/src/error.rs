@@ -1,7 +1,7 @@
 //! Why the store refused something. Errors of single requests are [`muster_block::BlockError`]s.
 
 use muster_block::BlockErrorKind;
-use muster_common::{ByteLen, Digest, ErrorCode, VolumeId};
+use muster_common::{ByteLen, Digest, ErrorCode, SnapshotId, VolumeId};
 
 /// Why an operation on the store, an image or a volume as a whole was not done.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +31,29 @@ pub enum StoreError {
     Deleted,
     #[error("reserve {size} of address space for {what}")]
     Map { what: &'static str, size: ByteLen, source: std::io::Error },
+    #[error("the volume's quota of {quota} is used up")]
+    Quota { quota: ByteLen },
+    #[error("what was stored there is damaged and could not be repaired: restore it from a backup")]
+    Damaged,
+    #[error("{action} {path}", path = path.display())]
+    Memory { action: &'static str, path: std::path::PathBuf, source: std::io::Error },
+    #[error(
+        "{path} is not in memory and this process may not mount a tmpfs there: choose a directory on a tmpfs, such as \
+         one below /dev/shm, or start as root", path = path.display()
+    )]
+    NotInMemory { path: std::path::PathBuf },
+    #[error("the memory in {path} is in use by another process: is another agent running?", path = path.display())]
+    InUse { path: std::path::PathBuf },
+    #[error("{0:?} is too long for a name: at most 256 bytes")]
+    Name(String),
+    #[error("the store holds no more than {0} images, volumes and snapshots")]
+    TooMany(u32),
+    #[error("the store knows no more than 255 tenants")]
+    TooManyTenants,
+    #[error("there is no snapshot {0}")]
+    SnapshotNotFound(SnapshotId),
+    #[error("a volume of {size} is not made smaller, to {wanted}")]
+    Shrink { size: ByteLen, wanted: ByteLen },
     #[error("a budget of {budget} is outside of what the store can manage ({least} to {most})")]
     Budget { budget: ByteLen, least: ByteLen, most: ByteLen },
 }
@@ -39,23 +62,29 @@ impl StoreError {
     /// The code that travels on the wire and in REST bodies.
     pub const fn code(&self) -> ErrorCode {
         match self {
-            Self::NoSpace { .. } => ErrorCode::NoSpace,
+            Self::NoSpace { .. } | Self::Quota { .. } | Self::TooMany(_) | Self::TooManyTenants => ErrorCode::NoSpace,
             Self::ImageExists(_) | Self::VolumeExists(_) => ErrorCode::AlreadyExists,
             Self::ImageInProgress(_) => ErrorCode::Conflict,
-            Self::ImageNotFound(_) | Self::VolumeNotFound(_) => ErrorCode::NotFound,
-            Self::ImageInUse { .. } => ErrorCode::InUse,
-            Self::SmallerThanBase { .. } | Self::Size { .. } | Self::ForeignSnapshot | Self::Budget { .. } => {
-                ErrorCode::InvalidArgument
-            }
+            Self::ImageNotFound(_) | Self::VolumeNotFound(_) | Self::SnapshotNotFound(_) => ErrorCode::NotFound,
+            Self::ImageInUse { .. } | Self::InUse { .. } => ErrorCode::InUse,
+            Self::SmallerThanBase { .. }
+            | Self::Size { .. }
+            | Self::ForeignSnapshot
+            | Self::Budget { .. }
+            | Self::NotInMemory { .. }
+            | Self::Name(_)
+            | Self::Shrink { .. } => ErrorCode::InvalidArgument,
             Self::Deleted => ErrorCode::VolumeLost,
-            Self::Map { .. } => ErrorCode::Unavailable,
+            Self::Damaged => ErrorCode::Corrupt,
+            Self::Map { .. } | Self::Memory { .. } => ErrorCode::Unavailable,
         }
     }
 
     /// The nearest kind of a single request.
     pub const fn block_kind(&self) -> BlockErrorKind {
         match self {
-            Self::NoSpace { .. } => BlockErrorKind::NoSpace,
+            Self::NoSpace { .. } | Self::Quota { .. } => BlockErrorKind::NoSpace,
+            Self::Damaged => BlockErrorKind::Io,
             Self::Deleted => BlockErrorKind::Fenced,
             _ => BlockErrorKind::Invalid,
         }

@@ -3,9 +3,14 @@
 use std::{collections::HashSet, sync::Arc};
 
 use muster_block::{BlockDevice, BlockError, WriteFlags};
-use muster_common::{ByteLen, Digest};
+use muster_common::{ByteLen, Digest, VolumeId};
 
-use crate::{StoreError, disk::Disk, store::Inner};
+use crate::{
+    StoreError,
+    disk::Disk,
+    records::{Kind, Record, Variant},
+    store::{Inner, now_us},
+};
 
 /// An immutable disk: a read-only [`BlockDevice`], and what volumes are cloned from.
 pub struct Image {
@@ -15,6 +20,22 @@ pub struct Image {
 }
 
 impl Image {
+    /// What is written down of it.
+    pub(crate) fn record(disk: &Disk, digest: Digest, name: &str) -> Record {
+        Record {
+            kind: Kind::Image,
+            id: VolumeId::from_bytes([0; 16]),
+            digest: Some(digest),
+            read_only: true,
+            origin: 0,
+            tenant: disk.map.domain.number,
+            of: VolumeId::from_bytes([0; 16]),
+            made_us: now_us(),
+            label: name.to_owned(),
+            variant: Variant { top: disk.map.top(), size: disk.map.size(), ..Variant::default() },
+        }
+    }
+
     pub(crate) fn new(mut disk: Disk, digest: Digest, name: &str) -> Image {
         disk.read_only = true;
         Image { disk, digest, name: name.to_owned() }

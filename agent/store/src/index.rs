@@ -7,9 +7,11 @@
 //!
 //! Cost: tables grow by 2/5 at 4/5 full: 10 to 14 bytes a frame.
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::{pool::Budget, sync::Padded};
+use crate::{arena::prefetch, pool::Budget, sync::Padded};
 
 /// Enough that 16 threads seldom meet in one, and that growing one (under its lock) takes well under a millisecond
 /// for 64 GiB of frames.
@@ -24,8 +26,22 @@ const MOST_COMPARED: usize = 8;
 const SLOT: u64 = size_of::<u64>() as u64;
 const SMALLEST: usize = 16;
 
+/// The table that lists this tag.
+#[inline]
+pub(crate) const fn shard_of(tag: u32) -> usize {
+    (tag >> (u32::BITS - SHARD_BITS)) as usize
+}
+
 pub(crate) struct Index {
-    shards: Box<[Padded<Mutex<Shard>>]>,
+    shards: Box<[Padded<Slots>]>,
+}
+
+#[derive(Default)]
+struct Slots {
+    shard: Mutex<Shard>,
+    /// Address and length of the table, for prefetches only: may be those of a table that is gone.
+    base: AtomicUsize,
+    len: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -56,7 +72,13 @@ pub(crate) enum Found {
 }
 
 /// Bytes the index takes when empty.
-pub(crate) const FIXED: u64 = (SHARDS * size_of::<Padded<Mutex<Shard>>>()) as u64;
+pub(crate) const FIXED: u64 = (SHARDS * size_of::<Padded<Slots>>()) as u64;
+
+/// The place of a tag in a table of `len` slots, by its lower bits.
+#[inline]
+const fn home(tag: u32, len: usize) -> usize {
+    (((tag << SHARD_BITS) as u64 * len as u64) >> 32) as usize
+}
 
 impl Index {
     pub(crate) fn new() -> Self {
@@ -65,13 +87,45 @@ impl Index {
 
     #[inline]
     pub(crate) fn shard(&self, tag: u32) -> MutexGuard<'_, Shard> {
-        self.shards[(tag >> (u32::BITS - SHARD_BITS)) as usize].0.lock()
+        let Slots { shard, base, len } = &self.shards[shard_of(tag)].0;
+        let shard = shard.lock();
+        // tables change seldom: mostly this line is only read
+        let now = shard.slots.as_ptr().addr();
+        if base.load(Relaxed) != now {
+            base.store(now, Relaxed);
+            len.store(shard.slots.len(), Relaxed);
+        }
+        shard
+    }
+
+    /// Brings the place near where a tag is listed, or would be.
+    #[inline]
+    pub(crate) fn prefetch(&self, tag: u32) {
+        let Slots { base, len, .. } = &self.shards[shard_of(tag)].0;
+        prefetch(base.load(Relaxed) + home(tag, len.load(Relaxed)) * size_of::<u64>());
+    }
+
+    /// Fills a shard that is empty with slots (tag above frame), and charges for it whether the budget holds it or not.
+    pub(crate) fn fill(&self, shard: usize, slots: &[u64], budget: &Budget) {
+        let mut shard = self.shards[shard].0.shard.lock();
+        debug_assert_eq!(shard.used, 0);
+        if slots.is_empty() {
+            return;
+        }
+        // as full as after growing, so that the next entries do not make it grow again
+        let size = SMALLEST.max(slots.len() * 7 / 5 + 1);
+        budget.charge_anyway(size as u64 * SLOT);
+        shard.resize(size, budget);
+        for &slot in slots {
+            shard.place(slot);
+        }
+        shard.used = slots.len();
     }
 
     pub(crate) fn counts(&self) -> IndexCounts {
         let mut counts = IndexCounts::default();
         for shard in &self.shards {
-            let shard = shard.0.lock();
+            let shard = shard.0.shard.lock();
             counts.room += (shard.slots.len() * 4 / 5).saturating_sub(shard.used) as u64;
             counts.hits += shard.hits;
             counts.misses += shard.misses;
@@ -82,7 +136,7 @@ impl Index {
     /// Every (tag, frame) listed.
     pub(crate) fn for_each(&self, mut see: impl FnMut(u32, u32)) {
         for shard in &self.shards {
-            for &slot in shard.0.lock().slots.iter().filter(|&&slot| slot != 0) {
+            for &slot in shard.0.shard.lock().slots.iter().filter(|&&slot| slot != 0) {
                 see((slot >> 32) as u32, slot as u32);
             }
         }
@@ -93,7 +147,7 @@ impl Shard {
     /// Where a tag would be if nobody else were here: its lower bits, scaled to the table.
     #[inline]
     fn home(&self, tag: u32) -> usize {
-        ((u64::from(tag << SHARD_BITS) * self.slots.len() as u64) >> 32) as usize
+        home(tag, self.slots.len())
     }
 
     /// How far from its home the entry at `at` is.

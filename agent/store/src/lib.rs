@@ -10,21 +10,28 @@
 //!   Disk  (range checks, errors, the books)      disk.rs
 //!      | which is a
 //!   Map   16 stripes: lock + tree of nodes       map.rs      4 bytes a block, shared between clones
+//!      | limited by                                differences.rs
+//!   Account: quota, reservation, policy          account.rs
 //!      | whose leaves name
 //!   Frame 4 KiB, written once, counted           frames.rs   8 bytes a frame
 //!      | found by content through
 //!   Index hash -> frame, 1024 shards             index.rs    10 to 14 bytes a frame
+//!      | perhaps elsewhere, or damaged
+//!   Marks, Spill, scrub                          marks.rs spill.rs scrub.rs    2 bits a frame
 //!      | in memory dealt by
 //!   Pool, Budget                                 pool.rs
 //!      | from
 //!   Region                                       arena.rs    all the `unsafe` there is
+//!      | private, or in files that outlive the process
+//!   Memory, Records                              memory.rs records.rs          attach.rs believes them
 //! ```
 //!
 //! # Invariants
 //! 1. A frame's bytes never change between its publication and the loss of its last reference.
 //! 2. A frame's count is the number of leaf entries that name it (plus those of writes under way); a node's count the
 //!    number of roots and inner entries that name it. Counts stick at the top: such a frame is kept for ever.
-//! 3. Two frames that are listed in the index never hold equal bytes. A hash is a hint: bytes are always compared.
+//! 3. Two frames that are listed in the index never hold equal bytes of one tenant. A hash is a hint: bytes are always
+//!    compared. (After an attach two may, when one of them had not been listed before.)
 //! 4. An all-zero block is a hole, and a hole takes no frame.
 //! 5. A node with more than one reference is never changed; a node with one is changed only under the stripe lock of the
 //!    map that reaches it.
@@ -33,6 +40,9 @@
 //!    (Up to 2 MiB less with huge pages, which are charged before they are touched; heap for lists of free numbers,
 //!    0.1 % of what is free, is not charged.)
 //! 8. A refused write changes whole blocks or nothing: never a part of a block.
+//! 9. Whenever the process ends, every record names a whole tree, in which each block of a write under way is as before or
+//!    as after (`map.rs` says why). Nothing else is believed by whoever attaches.
+//! 10. A disk's error is its own: quotas, refusals, damage and spilling of one volume are never another one's.
 //!
 //! # Which operations may meet
 //!
@@ -50,7 +60,10 @@
 //! | **verify** | | | | | | | shared | its copy is on the books |
 //!
 //! Two that look for the same block: the shard's lock is held over search, comparison and listing, so one stores it and
-//! the other finds it. One that finds a frame and one that drops its last reference: the count goes to 0 only under that
+//! the other finds it. Scrub hashes a frame under that lock too, so that it is not freed and filled anew meanwhile; who
+//! reads a frame that is being marked, spilled or mended finds out by its sequence and reads again. Spilling holds the
+//! stripe that names the frame, shared: readers go on, writers of that volume's stripe wait for one disk write. A backup
+//! reads a snapshot, and so meets nobody. One that finds a frame and one that drops its last reference: the count goes to 0 only under that
 //! lock. Two that own nodes below a shared one: each copies it, the second to let go frees it.
 //!
 //! # Threads and locks
@@ -59,27 +72,37 @@
 //! calls out of the crate with a lock held.
 //!
 //! # What it does not do
-//! Durability (a journal's and the backup's), naming and counting of exports (the agent's), reading image formats (the
-//! repository's). Reservations, quotas, spilling and warm restart are to come: nodes, frames and counts are numbers in
-//! regions for that reason, and nothing in them is an address.
+//! Durability (a journal's and the backup's): memory that outlives the process does not outlive the machine. Naming and
+//! counting of exports (the agent's), reading image formats (the repository's), deciding when to scrub (no threads).
 
+mod account;
 mod arena;
+mod attach;
+mod audit;
 mod config;
+mod differences;
 mod disk;
 mod error;
 mod frames;
 mod image;
 mod index;
 mod map;
+mod marks;
+mod memory;
 mod pool;
+mod records;
+mod scrub;
+mod spill;
 mod stats;
 mod store;
 mod sync;
 mod volume;
 
-pub use config::{PageKind, Pages, StoreConfig, VolumeSpec};
+pub use attach::AttachReport;
+pub use config::{PageKind, Pages, SpillConfig, StoreConfig, VolumeSpec, WhenFull};
 pub use error::StoreError;
 pub use image::{Image, ImageBuilder};
-pub use stats::{AuditReport, ImageInfo, StoreStats, VerifyReport, VolumeStats};
-pub use store::Store;
+pub use scrub::{Bring, Damage, Place, ScrubStep};
+pub use stats::{AuditReport, ImageInfo, SnapshotInfo, StoreStats, VerifyReport, VolumeStats};
+pub use store::{Attached, Store};
 pub use volume::{Snapshot, Volume};

@@ -1,8 +1,10 @@
 //! Maps: which frame holds each block of an image, volume or snapshot.
 //!
 //! ```text
-//!   Map            stripe 0 .. 15, each a lock and the root of a tree
-//!    |                           (leaf n of the disk belongs to stripe n mod 16)
+//!   Map            stripe 0 .. 15, each a lock          (leaf n of the disk belongs to stripe n mod 16)
+//!    |
+//!   top            the roots of the 16 trees; each disk has its own
+//!    |
 //!   inner node     64 x u32: nodes of the level below
 //!    |
 //!   leaf           64 x u32: frames of 64 consecutive blocks (256 KiB of disk)
@@ -15,31 +17,44 @@
 //!
 //! A map costs 4 bytes a block, and 1/16 byte for the counts of its leaves and 1/15 for the nodes above.
 //!
-//! Nothing here is an address: nodes, frames and counts are numbers in regions, so that all of it can one day lie in
-//! memory that outlives the process.
+//! # Why a process may die at any instant
+//! Nothing here is an address: nodes and frames are numbers in regions that may outlive the process. What a store that
+//! attaches to them believes is: a disk's record names its top node, tops and inner nodes name nodes, leaves name frames.
+//! Each of these names is one aligned word, written (Release) after all that it names is complete: a frame is filled and
+//! tagged before a leaf names it, a copy of a node is whole before it takes the original's place, other trees are whole
+//! before a record names their top. So what is reachable is a whole tree at every instant, with each block of each write
+//! under way old or new; and what a name no longer leads to may be used for something else only after that word was
+//! written. Counts, the index, free lists and numbers of mapped blocks are not believed: they are found again
+//! (`attach.rs`).
 
 use std::{
     io,
-    sync::atomic::{
-        AtomicU32,
-        Ordering::{AcqRel, Acquire, Relaxed},
+    sync::{
+        Arc,
+        atomic::{
+            AtomicU32, AtomicU64,
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
+        },
     },
 };
 
 use muster_block::{Extent, ExtentKind};
-use parking_lot::{RwLock, RwLockReadGuard};
+use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::{
+    PageKind,
+    account::Account,
     arena::{BLOCK, Words},
-    frames::{Engine, Full, STICKY, count_up},
+    frames::{Domain, Engine, Failed, STICKY, count_up},
+    memory::Memory,
     pool::{Pool, Unit},
     sync::Padded,
 };
 
 /// Entries of a node. Small, because the first write below a shared node copies it and counts up all it names; not
 /// smaller, because every leaf costs a count and an entry above.
-const FANOUT: usize = 64;
-const FANOUT_BITS: u32 = FANOUT.trailing_zeros();
+pub(crate) const FANOUT: usize = 64;
+pub(crate) const FANOUT_BITS: u32 = FANOUT.trailing_zeros();
 
 /// Locks of a map. Enough for the queues of one disk; 1 KiB a map.
 pub(crate) const STRIPES: usize = 16;
@@ -52,25 +67,36 @@ const READ_HOLD: usize = 64 << 10;
 
 const NODE_BYTES: u64 = (FANOUT * size_of::<u32>()) as u64;
 const BESIDE_NODE: u64 = 4;
-/// 64 MiB of free nodes stay ours.
+/// Up to 64 MiB of free nodes stay ours.
 const KEEP_NODES: usize = 262_144;
 
 /// What a node costs at most, in bytes.
 pub(crate) const NODE_COST: u64 = NODE_BYTES + BESIDE_NODE;
 
+static ZEROES: [u8; BLOCK] = [0; BLOCK];
+
 const BLOCK_BYTES: u64 = BLOCK as u64;
-const LEAF_BLOCKS: u64 = FANOUT as u64;
+pub(crate) const LEAF_BLOCKS: u64 = FANOUT as u64;
 
 /// Why a request on a map was not done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
+    /// The budget holds no more.
     Full,
+    /// The disk's own quota does not.
+    Quota,
+    /// The disk was deleted.
     Closed,
+    /// What was stored is damaged.
+    Lost,
 }
 
-impl From<Full> for Refused {
-    fn from(_: Full) -> Self {
-        Refused::Full
+impl From<Failed> for Refused {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Full => Refused::Full,
+            Failed::Lost => Refused::Lost,
+        }
     }
 }
 
@@ -81,25 +107,29 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
-    pub(crate) fn reserve(capacity: u32) -> io::Result<Nodes> {
+    pub(crate) fn reserve(capacity: u32, memory: &Memory) -> io::Result<Nodes> {
         let count = capacity as usize + 1;
         let granule = 4096 / NODE_BYTES as u32;
-        let unit = Unit { bytes: NODE_BYTES, beside: BESIDE_NODE, granule, keep: KEEP_NODES };
+        let keep = KEEP_NODES.min(capacity as usize / 128);
+        let unit = Unit { bytes: NODE_BYTES, beside: BESIDE_NODE, granule, keep };
+        let small = |name| memory.file(name, PageKind::Small);
+        let lent = Words::reserve(Pool::words(capacity, granule), small("lent-nodes")?.as_ref())?;
         Ok(Nodes {
-            words: Words::reserve(count * FANOUT)?,
-            references: Words::reserve(count)?,
-            pool: Pool::new(capacity, unit),
+            words: Words::reserve(count * FANOUT, small("nodes")?.as_ref())?,
+            // counted again by whoever attaches
+            references: Words::reserve(count, None)?,
+            pool: Pool::new(capacity, unit, lent),
         })
     }
 
     #[inline]
-    fn entries(&self, node: u32) -> &[AtomicU32] {
+    pub(crate) fn entries(&self, node: u32) -> &[AtomicU32] {
         let at = node as usize * FANOUT;
         &self.words.all()[at..at + FANOUT]
     }
 
     #[inline]
-    fn references(&self, node: u32) -> &AtomicU32 {
+    pub(crate) fn references(&self, node: u32) -> &AtomicU32 {
         &self.references.all()[node as usize]
     }
 
@@ -111,22 +141,32 @@ impl Nodes {
 
 /// The blocks of one stripe.
 pub(crate) struct Tree {
-    /// 0 when nothing is mapped; [`CLOSED`].
-    root: AtomicU32,
+    /// What the top says, near at hand. 0 when nothing is mapped; [`CLOSED`].
+    pub(crate) root: AtomicU32,
     /// Levels above the leaves.
-    height: u32,
+    pub(crate) height: u32,
     /// Blocks mapped to a frame.
-    mapped: u64,
+    pub(crate) mapped: u64,
 }
 
 /// Which frame holds each block of one disk.
 pub(crate) struct Map {
     /// In bytes.
-    pub(crate) size: u64,
-    stripes: [Padded<RwLock<Tree>>; STRIPES],
+    size: AtomicU64,
+    /// The node that names the roots. Changes under the locks of all stripes.
+    top: AtomicU32,
+    pub(crate) stripes: [Padded<RwLock<Tree>>; STRIPES],
+    /// Whose blocks its own may be shared with.
+    pub(crate) domain: Arc<Domain>,
+    /// Quota, reservation, and what happens when memory is full.
+    pub(crate) account: Account,
 }
 
-pub(crate) type Trees = [Tree; STRIPES];
+/// The trees of a map to be, with their top.
+pub(crate) struct Trees {
+    pub(crate) top: u32,
+    stripes: [Tree; STRIPES],
+}
 
 /// Where a leaf is: its stripe, and its place among the leaves of that stripe.
 #[inline]
@@ -140,7 +180,7 @@ const fn entry(index: u64, level: u32) -> usize {
 }
 
 /// The levels above the leaves that a disk of `size` bytes takes.
-fn height_of(size: u64) -> u32 {
+pub(crate) fn height_of(size: u64) -> u32 {
     let leaves = size.div_ceil(BLOCK_BYTES * LEAF_BLOCKS).div_ceil(STRIPES as u64);
     let mut height = 0;
     while 1u64 << (FANOUT_BITS * height) < leaves {
@@ -150,18 +190,31 @@ fn height_of(size: u64) -> u32 {
 }
 
 impl Tree {
-    fn check_open(&self) -> Result<(), Refused> {
+    pub(crate) fn check_open(&self) -> Result<(), Refused> {
         if self.root.load(Relaxed) == CLOSED { Err(Refused::Closed) } else { Ok(()) }
     }
 }
 
 impl Map {
-    pub(crate) fn empty_trees(size: u64) -> Trees {
-        std::array::from_fn(|_| Tree { root: AtomicU32::new(0), height: height_of(size), mapped: 0 })
+    pub(crate) fn new(size: u64, trees: Trees, domain: Arc<Domain>, account: Account) -> Map {
+        Map {
+            size: AtomicU64::new(size),
+            top: AtomicU32::new(trees.top),
+            stripes: trees.stripes.map(|tree| Padded(RwLock::new(tree))),
+            domain,
+            account,
+        }
     }
 
-    pub(crate) fn new(size: u64, trees: Trees) -> Map {
-        Map { size, stripes: trees.map(|tree| Padded(RwLock::new(tree))) }
+    /// In bytes.
+    #[inline]
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Acquire)
+    }
+
+    /// The node that names the roots; 0 after it was closed.
+    pub(crate) fn top(&self) -> u32 {
+        self.top.load(Relaxed)
     }
 
     /// Blocks mapped to a frame.
@@ -170,10 +223,17 @@ impl Map {
     }
 
     /// The locks of all stripes, in order: the map as it is at one instant.
-    fn freeze(&self) -> [RwLockReadGuard<'_, Tree>; STRIPES] {
+    pub(crate) fn freeze(&self) -> Frozen<'_> {
         self.stripes.each_ref().map(|stripe| stripe.0.read())
     }
+
+    fn seize(&self) -> [RwLockWriteGuard<'_, Tree>; STRIPES] {
+        self.stripes.each_ref().map(|stripe| stripe.0.write())
+    }
 }
+
+/// A map that nobody changes.
+pub(crate) type Frozen<'a> = [RwLockReadGuard<'a, Tree>; STRIPES];
 
 // Nodes.
 impl Engine {
@@ -184,31 +244,32 @@ impl Engine {
     }
 
     /// A node with one reference and whatever entries.
-    fn take_node(&self) -> Result<u32, Full> {
-        let pool = &self.nodes.pool;
-        let node = pool
-            .take(&self.budget)
-            .or_else(|| {
-                self.reclaim();
-                pool.take(&self.budget)
-            })
-            .ok_or(Full)?;
+    fn take_node(&self, account: &Account) -> Result<u32, Failed> {
+        let node = account.node().or_else(|| self.take_free_node()).ok_or(Failed::Full)?;
         self.nodes.references(node).store(1, Relaxed);
         Ok(node)
     }
 
-    fn retain_node(&self, node: u32) {
-        count_up(self.nodes.references(node), STICKY);
+    pub(crate) fn take_free_node(&self) -> Option<u32> {
+        let pool = &self.nodes.pool;
+        pool.take(&self.budget).or_else(|| {
+            self.reclaim();
+            pool.take(&self.budget)
+        })
     }
 
-    fn put_node(&self, node: u32) {
+    fn retain_node(&self, node: u32) {
+        count_up(self.nodes.references(node), u32::MAX, STICKY);
+    }
+
+    pub(crate) fn put_node(&self, node: u32) {
         if self.nodes.pool.put(node) {
             self.purge_nodes(self.nodes.pool.keep() / 2);
         }
     }
 
     /// Drops a reference to the node, and with the last one those it holds.
-    fn release_node(&self, node: u32, level: u32) {
+    fn release_node(&self, account: &Account, node: u32, level: u32) {
         if node == 0 {
             return;
         }
@@ -224,31 +285,29 @@ impl Engine {
         for entry in self.nodes.entries(node) {
             match entry.load(Relaxed) {
                 0 => {}
-                frame if level == 0 => self.release_frame(frame),
-                child => self.release_node(child, level - 1),
+                frame if level == 0 => self.release_frames(account, &[frame]),
+                child => self.release_node(account, child, level - 1),
             }
         }
-        self.put_node(node);
+        if !account.keep_node(node) {
+            self.put_node(node);
+        }
     }
 
-    pub(crate) fn release_trees(&self, trees: Trees) {
-        for tree in trees {
-            let root = tree.root.into_inner();
-            if root != CLOSED {
-                self.release_node(root, tree.height);
-            }
-        }
+    pub(crate) fn release_trees(&self, account: &Account, trees: Trees) {
+        // all trees are of one height; a closed map has no top
+        self.release_node(account, trees.top, trees.stripes[0].height + 1);
     }
 
     /// Makes the node in `slot` one that only this slot refers to, and so one that may be changed.
     /// The caller holds the write lock under which `slot` lies, and owns the node `slot` lies in.
-    fn own(&self, slot: &AtomicU32, level: u32) -> Result<u32, Full> {
+    fn own(&self, account: &Account, slot: &AtomicU32, level: u32) -> Result<u32, Failed> {
         let node = slot.load(Relaxed);
         // Acquire: whoever else referred to it is done reading it. Nobody else can refer to it anew.
         if node != 0 && self.nodes.references(node).load(Acquire) == 1 {
             return Ok(node);
         }
-        let copy = self.take_node()?;
+        let copy = self.take_node(account)?;
         let entries = self.nodes.entries(copy);
         if node == 0 {
             entries.iter().for_each(|entry| entry.store(0, Relaxed));
@@ -263,8 +322,8 @@ impl Engine {
                 to.store(child, Relaxed);
             }
         }
-        slot.store(copy, Relaxed);
-        self.release_node(node, level);
+        slot.store(copy, Release);
+        self.release_node(account, node, level);
         Ok(copy)
     }
 
@@ -281,20 +340,39 @@ impl Engine {
         node
     }
 
-    /// The slot that holds the leaf, after making the leaf and all above it the tree's own.
-    fn own_leaf<'a>(&'a self, tree: &'a Tree, index: u64) -> Result<&'a AtomicU32, Full> {
-        let mut slot = &tree.root;
+    /// The slot that holds the leaf, after making the leaf and all above it the tree's own. The caller has the stripe's
+    /// write lock.
+    fn own_leaf<'a>(&'a self, map: &Map, tree: &Tree, stripe: usize, index: u64) -> Result<&'a AtomicU32, Failed> {
+        let root = &self.nodes.entries(map.top())[stripe];
+        let mut slot = root;
+        let mut result = Ok(());
         for level in (1..=tree.height).rev() {
-            let node = self.own(slot, level)?;
-            slot = &self.nodes.entries(node)[entry(index, level - 1)];
+            match self.own(&map.account, slot, level) {
+                Ok(node) => slot = &self.nodes.entries(node)[entry(index, level - 1)],
+                Err(failed) => {
+                    result = Err(failed);
+                    break;
+                }
+            }
         }
-        self.own(slot, 0)?;
-        Ok(slot)
+        if result.is_ok() {
+            result = self.own(&map.account, slot, 0).map(drop);
+        }
+        tree.root.store(root.load(Relaxed), Relaxed);
+        result.map(|()| slot)
     }
 
     /// Puts `new` frames (0: holes) at a leaf's slots from `first` on, taking over their references, and puts the
     /// references of those they replace in `old`. When refused nothing is changed. The caller has the write lock.
-    fn exchange(&self, tree: &mut Tree, index: u64, first: usize, new: &[u32], old: &mut [u32]) -> Result<(), Refused> {
+    fn exchange(
+        &self,
+        map: &Map,
+        tree: &mut Tree,
+        (stripe, index): (usize, u64),
+        first: usize,
+        new: &[u32],
+        old: &mut [u32],
+    ) -> Result<(), Refused> {
         tree.check_open()?;
         let leaf = self.leaf(tree, index);
         let holes = new.iter().all(|&frame| frame == 0);
@@ -307,32 +385,50 @@ impl Engine {
             old.copy_from_slice(new);
             return Ok(());
         }
-        let slot = self.own_leaf(tree, index)?;
+        let slot = self.own_leaf(map, tree, stripe, index)?;
+        if map.account.counts() {
+            let written = |wanted: fn(u32) -> bool| {
+                (first..).zip(new).filter(|&(_, &new)| wanted(new)).fold(0, |bits, (at, _)| bits | 1u64 << at)
+            };
+            let leaf = index * STRIPES as u64 + stripe as u64;
+            if !map.account.write(leaf, written(|new| new != 0), written(|new| new == 0)) {
+                return Err(Refused::Quota);
+            }
+        }
         let entries = self.nodes.entries(slot.load(Relaxed));
         let mut mapped = tree.mapped;
         for ((entry, &new), old) in entries[first..].iter().zip(new).zip(old) {
             *old = entry.load(Relaxed);
-            entry.store(new, Relaxed);
+            entry.store(new, Release);
             mapped = mapped + u64::from(new != 0) - u64::from(*old != 0);
         }
         if holes && entries.iter().all(|entry| entry.load(Relaxed) == 0) {
             let leaf = slot.load(Relaxed);
-            slot.store(0, Relaxed);
-            self.put_empty_node(leaf);
+            slot.store(0, Release);
+            if tree.height == 0 {
+                tree.root.store(0, Relaxed);
+            }
+            self.put_empty_node(&map.account, leaf);
         }
         tree.mapped = mapped;
         Ok(())
     }
 
     /// Frees a node that is ours alone and holds nothing.
-    fn put_empty_node(&self, node: u32) {
+    fn put_empty_node(&self, account: &Account, node: u32) {
         self.nodes.references(node).store(0, Relaxed);
-        self.put_node(node);
+        if !account.keep_node(node) {
+            self.put_node(node);
+        }
     }
 
-    fn release_frames(&self, frames: &[u32]) {
+    fn release_frames(&self, account: &Account, frames: &[u32]) {
         for &frame in frames.iter().filter(|&&frame| frame != 0) {
-            self.release_frame(frame);
+            if let Some(freed) = self.release_frame_to(frame)
+                && !account.keep_frame(freed)
+            {
+                self.put_frame(freed);
+            }
         }
     }
 }
@@ -358,7 +454,7 @@ impl Engine {
                     let (piece, rest) = now.split_at_mut(now.len().min(BLOCK - from));
                     match entries[at].load(Relaxed) {
                         0 => piece.fill(0),
-                        frame => self.frames.blocks.read(frame, from, piece),
+                        frame => self.read_frame(frame, from, piece)?,
                     }
                     (now, at, from) = (rest, at + 1, 0);
                 }
@@ -370,19 +466,59 @@ impl Engine {
         Ok(())
     }
 
+    /// Shows the range piece by piece, straight from the frames where they are in their place.
+    pub(crate) fn show(
+        &self,
+        map: &Map,
+        offset: u64,
+        len: u64,
+        sink: &mut dyn FnMut(u64, &[u8]),
+    ) -> Result<(), Refused> {
+        let mut done = 0;
+        let mut block = [0; BLOCK];
+        while done < len {
+            let number = (offset + done) / BLOCK_BYTES;
+            let mut at = (number % LEAF_BLOCKS) as usize;
+            let mut from = ((offset + done) % BLOCK_BYTES) as usize;
+            let end = done + (len - done).min(((FANOUT - at) * BLOCK - from) as u64).min(READ_HOLD as u64);
+            let (stripe, index) = place(number / LEAF_BLOCKS);
+            let tree = map.stripes[stripe].0.read();
+            tree.check_open()?;
+            let leaf = self.leaf(&tree, index);
+            while done < end {
+                let piece = ((end - done) as usize).min(BLOCK - from);
+                let frame = if leaf == 0 { 0 } else { self.nodes.entries(leaf)[at].load(Relaxed) };
+                if frame == 0 {
+                    sink(done, &ZEROES[..piece]);
+                } else if self.frames.marks.armed() {
+                    self.read_frame(frame, from, &mut block[..piece])?;
+                    sink(done, &block[..piece]);
+                } else {
+                    self.frames.blocks.with(frame, |bytes| sink(done, &bytes[from..from + piece]));
+                }
+                (done, at, from) = (done + piece as u64, at + 1, 0);
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn write(&self, map: &Map, mut offset: u64, mut data: &[u8]) -> Result<(), Refused> {
         while !data.is_empty() {
             let block = offset / BLOCK_BYTES;
             let from = (offset % BLOCK_BYTES) as usize;
-            let len = if from != 0 || data.len() < BLOCK {
+            let (result, len) = if from != 0 || data.len() < BLOCK {
                 let len = data.len().min(BLOCK - from);
-                self.write_part(map, block, from, &data[..len])?;
-                len
+                (self.write_part(map, block, from, &data[..len]), len)
             } else {
                 let blocks = (data.len() / BLOCK).min(FANOUT - (block % LEAF_BLOCKS) as usize);
-                self.write_blocks(map, block, &data[..blocks * BLOCK])?;
-                blocks * BLOCK
+                (self.write_blocks(map, block, &data[..blocks * BLOCK]), blocks * BLOCK)
             };
+            match result {
+                Ok(()) => {}
+                // nothing of this piece was changed: once more when there is room now
+                Err(Refused::Full) if map.account.spills() && self.make_room() => continue,
+                Err(refused) => return Err(refused),
+            }
             offset += len as u64;
             data = &data[len..];
         }
@@ -394,34 +530,53 @@ impl Engine {
         let (mut new, mut old) = ([0; FANOUT], [0; FANOUT]);
         let (blocks, _) = data.as_chunks::<BLOCK>();
         let (mut done, mut holes) = (0, 0);
+        let replaced = self.peek(map, first, blocks.len(), &mut old);
+        // two trips to memory that hashing hides
+        replaced.iter().for_each(|&frame| self.prefetch_words(frame));
         let mut result = Ok(());
         for block in blocks {
-            match self.intern(block) {
+            match self.intern(map, block, replaced.get(done).copied()) {
                 Ok(frame) => {
                     new[done] = frame;
                     holes += u64::from(frame == 0);
                     done += 1;
                 }
-                Err(Full) => {
-                    result = Err(Refused::Full);
+                Err(failed) => {
+                    result = Err(failed.into());
                     break;
                 }
             }
         }
         if result.is_ok() {
-            let (stripe, index) = place(first / LEAF_BLOCKS);
+            let place = place(first / LEAF_BLOCKS);
             let at = (first % LEAF_BLOCKS) as usize;
-            let mut tree = map.stripes[stripe].0.write();
-            result = self.exchange(&mut tree, index, at, &new[..done], &mut old[..done]);
+            let mut tree = map.stripes[place.0].0.write();
+            result = self.exchange(map, &mut tree, place, at, &new[..done], &mut old[..done]);
         }
         match result {
-            Ok(()) => self.release_frames(&old[..done]),
-            Err(_) => self.release_frames(&new[..done]),
+            Ok(()) => self.release_frames(&map.account, &old[..done]),
+            Err(_) => self.release_frames(&map.account, &new[..done]),
         }
         if holes > 0 {
             self.world.count_zero_blocks(holes);
         }
         result
+    }
+
+    /// The frames that a write will replace, as far as they can be known before it: a hint.
+    #[inline]
+    fn peek<'a>(&self, map: &Map, first: u64, blocks: usize, frames: &'a mut [u32; FANOUT]) -> &'a [u32] {
+        let (stripe, index) = place(first / LEAF_BLOCKS);
+        let at = (first % LEAF_BLOCKS) as usize;
+        let tree = map.stripes[stripe].0.read();
+        let leaf = if tree.check_open().is_ok() { self.leaf(&tree, index) } else { 0 };
+        if leaf == 0 {
+            return &[];
+        }
+        for (frame, entry) in frames.iter_mut().zip(&self.nodes.entries(leaf)[at..at + blocks]) {
+            *frame = entry.load(Relaxed);
+        }
+        &frames[..blocks]
     }
 
     /// A part of one block: read, change and write under the lock, so that writers of other parts lose nothing.
@@ -438,14 +593,14 @@ impl Engine {
         let frame = if leaf == 0 { 0 } else { self.nodes.entries(leaf)[at].load(Relaxed) };
         let mut block = [0; BLOCK];
         if frame != 0 {
-            self.frames.blocks.read(frame, 0, &mut block);
+            self.read_frame(frame, 0, &mut block)?;
         }
         change(&mut block);
-        let new = [self.intern(&block)?];
+        let new = [self.intern(map, &block, None)?];
         let mut old = [0];
-        let result = self.exchange(&mut tree, index, at, &new, &mut old);
+        let result = self.exchange(map, &mut tree, (stripe, index), at, &new, &mut old);
         drop(tree);
-        self.release_frames(if result.is_ok() { &old } else { &new });
+        self.release_frames(&map.account, if result.is_ok() { &old } else { &new });
         if new[0] == 0 && result.is_ok() {
             self.world.count_zero_blocks(1);
         }
@@ -455,7 +610,7 @@ impl Engine {
     /// Makes the range read as zero and frees what it held.
     pub(crate) fn clear(&self, map: &Map, offset: u64, len: u64) -> Result<(), Refused> {
         let mut end = offset + len;
-        if end == map.size {
+        if end == map.size() {
             // of a short last block there is nothing behind the end to keep
             end = end.next_multiple_of(BLOCK_BYTES);
         }
@@ -497,12 +652,19 @@ impl Engine {
                 let mut tree = lock.0.write();
                 tree.check_open()?;
                 let mut cleared = 0;
-                let result = self.detach(&tree.root, tree.height, from, to, &mut detached, &mut cleared);
+                let root = &self.nodes.entries(map.top())[stripe];
+                let result = self.detach(&map.account, root, tree.height, from, to, &mut detached, &mut cleared);
+                tree.root.store(root.load(Relaxed), Relaxed);
                 tree.mapped -= cleared;
+                if map.account.counts() && result.is_ok() {
+                    for index in from..to {
+                        map.account.write(index * stripes + stripe as u64, 0, u64::MAX);
+                    }
+                }
                 result
             };
             for (node, level) in detached {
-                self.release_node(node, level);
+                self.release_node(&map.account, node, level);
             }
             result?;
         }
@@ -515,28 +677,30 @@ impl Engine {
             return Ok(());
         }
         let mut old = [0; FANOUT];
-        let (stripe, index) = place(first / LEAF_BLOCKS);
+        let place = place(first / LEAF_BLOCKS);
         let at = (first % LEAF_BLOCKS) as usize;
-        let mut tree = map.stripes[stripe].0.write();
-        let result = self.exchange(&mut tree, index, at, &[0; FANOUT][..count], &mut old[..count]);
+        let mut tree = map.stripes[place.0].0.write();
+        let result = self.exchange(map, &mut tree, place, at, &[0; FANOUT][..count], &mut old[..count]);
         drop(tree);
         if result.is_ok() {
-            self.release_frames(&old[..count]);
+            self.release_frames(&map.account, &old[..count]);
         }
         result
     }
 
     /// Takes the leaves `from..to` (counted from the first one below `slot`) out of the tree, as few nodes as possible,
     /// for release after the lock. Counts the mapped blocks in them.
+    #[allow(clippy::too_many_arguments)]
     fn detach(
         &self,
+        account: &Account,
         slot: &AtomicU32,
         level: u32,
         from: u64,
         to: u64,
         detached: &mut Vec<(u32, u32)>,
         cleared: &mut u64,
-    ) -> Result<(), Full> {
+    ) -> Result<(), Failed> {
         let node = slot.load(Relaxed);
         if node == 0 || from >= to {
             return Ok(());
@@ -544,28 +708,75 @@ impl Engine {
         let span = 1u64 << (FANOUT_BITS * level);
         if from == 0 && to >= span {
             *cleared += self.count_mapped(node, level);
-            slot.store(0, Relaxed);
+            slot.store(0, Release);
             detached.push((node, level));
             return Ok(());
         }
-        let node = self.own(slot, level)?;
+        let node = self.own(account, slot, level)?;
         let below = span >> FANOUT_BITS;
         let entries = self.nodes.entries(node);
         for (n, child) in (0..).zip(entries) {
             let start = n * below;
             if start < to && start + below > from {
                 let (from, to) = (from.saturating_sub(start), (to - start).min(below));
-                self.detach(child, level - 1, from, to, detached, cleared)?;
+                self.detach(account, child, level - 1, from, to, detached, cleared)?;
             }
         }
         if entries.iter().all(|entry| entry.load(Relaxed) == 0) {
-            slot.store(0, Relaxed);
-            self.put_empty_node(node);
+            slot.store(0, Release);
+            self.put_empty_node(account, node);
         }
         Ok(())
     }
 
-    fn count_mapped(&self, node: u32, level: u32) -> u64 {
+    /// A bit for each block of the leaf that is mapped to a frame.
+    pub(crate) fn mapped_bits(&self, map: &Map, leaf: u64) -> u64 {
+        let (stripe, index) = place(leaf);
+        let tree = map.stripes[stripe].0.read();
+        if tree.check_open().is_err() {
+            return 0;
+        }
+        match self.leaf(&tree, index) {
+            0 => 0,
+            leaf => (0..FANOUT)
+                .filter(|&at| self.nodes.entries(leaf)[at].load(Relaxed) != 0)
+                .fold(0, |bits, at| bits | 1 << at),
+        }
+    }
+
+    /// A bit for each block of the leaf whose frame is this map's alone.
+    pub(crate) fn alone_bits(&self, map: &Map, leaf: u64) -> u64 {
+        let mut bits = 0;
+        self.for_each_alone(map, leaf, |at, _| bits |= 1 << at);
+        bits
+    }
+
+    /// Shows the frames of a leaf that are this map's alone, with their place in it. Nobody drops them meanwhile: the stripe
+    /// is locked, shared.
+    pub(crate) fn for_each_alone(&self, map: &Map, leaf: u64, mut see: impl FnMut(usize, u32)) {
+        let (stripe, index) = place(leaf);
+        let tree = map.stripes[stripe].0.read();
+        if tree.check_open().is_err() {
+            return;
+        }
+        let mut node = tree.root.load(Relaxed);
+        for level in (0..=tree.height).rev() {
+            if node == 0 || self.nodes.references(node).load(Relaxed) != 1 {
+                return;
+            }
+            if level > 0 {
+                node = self.nodes.entries(node)[entry(index, level - 1)].load(Relaxed);
+            }
+        }
+        for (at, entry) in self.nodes.entries(node).iter().enumerate() {
+            let frame = entry.load(Relaxed);
+            if frame != 0 && self.frames.count(frame) == 1 {
+                see(at, frame);
+            }
+        }
+    }
+
+    pub(crate) fn count_mapped(&self, node: u32, level: u32) -> u64 {
         let entries = self.nodes.entries(node).iter().map(|entry| entry.load(Relaxed)).filter(|&entry| entry != 0);
         if level == 0 { entries.count() as u64 } else { entries.map(|child| self.count_mapped(child, level - 1)).sum() }
     }
@@ -599,271 +810,144 @@ impl Engine {
 
 // Whole maps.
 impl Engine {
-    /// The trees of a copy of the map as it is now, for a disk of at least its size.
-    pub(crate) fn fork(&self, map: &Map, size: u64) -> Result<Trees, Refused> {
-        let trees = {
-            let frozen = map.freeze();
-            frozen[0].check_open()?;
-            frozen.each_ref().map(|tree| {
-                let root = tree.root.load(Relaxed);
-                if root != 0 {
-                    self.retain_node(root);
-                }
-                Tree { root: AtomicU32::new(root), height: tree.height, mapped: tree.mapped }
-            })
-        };
-        self.raise(trees, height_of(size)).map_err(Refused::from)
+    /// The trees of a disk of this size where nothing is mapped.
+    pub(crate) fn empty_trees(&self, size: u64) -> Result<Trees, Failed> {
+        let top = self.take_node(&Account::NONE)?;
+        self.nodes.entries(top).iter().for_each(|entry| entry.store(0, Relaxed));
+        let empty = |_| Tree { root: AtomicU32::new(0), height: height_of(size), mapped: 0 };
+        Ok(Trees { top, stripes: std::array::from_fn(empty) })
     }
 
-    /// Adds levels above the roots.
-    fn raise(&self, mut trees: Trees, height: u32) -> Result<Trees, Full> {
-        for tree in &mut trees {
-            while tree.height < height {
-                let root = tree.root.load(Relaxed);
-                if root != 0 {
-                    match self.take_node() {
-                        Ok(above) => {
-                            let entries = self.nodes.entries(above);
-                            entries[0].store(root, Relaxed);
-                            entries[1..].iter().for_each(|entry| entry.store(0, Relaxed));
-                            tree.root.store(above, Relaxed);
-                        }
-                        Err(Full) => {
-                            self.release_trees(trees);
-                            return Err(Full);
-                        }
-                    }
-                }
-                tree.height += 1;
+    /// The trees that an earlier process left under this top, once they are counted.
+    pub(crate) fn found_trees(&self, size: u64, top: u32, mut mapped: impl FnMut(u32) -> u64) -> Trees {
+        let entries = self.nodes.entries(top);
+        let tree = |stripe: usize| {
+            let root = entries[stripe].load(Relaxed);
+            Tree { root: AtomicU32::new(root), height: height_of(size), mapped: mapped(root) }
+        };
+        Trees { top, stripes: std::array::from_fn(tree) }
+    }
+
+    /// The trees of a copy of the map as it is now, for a disk of at least its size.
+    pub(crate) fn fork(&self, map: &Map, size: u64) -> Result<Trees, Refused> {
+        self.fork_frozen(&map.freeze(), size)
+    }
+
+    /// The same of a map that the caller froze.
+    pub(crate) fn fork_frozen(&self, frozen: &Frozen<'_>, size: u64) -> Result<Trees, Refused> {
+        frozen[0].check_open()?;
+        let trees = self.empty_trees(size)?;
+        let Trees { top, mut stripes } = trees;
+        let height = height_of(size).max(frozen[0].height);
+        for (stripe, (tree, from)) in stripes.iter_mut().zip(frozen).enumerate() {
+            let root = from.root.load(Relaxed);
+            if root != 0 {
+                self.retain_node(root);
             }
+            *tree = Tree { root: AtomicU32::new(root), height: from.height, mapped: from.mapped };
+            self.nodes.entries(top)[stripe].store(root, Release);
+        }
+        let trees = Trees { top, stripes };
+        if height == frozen[0].height { Ok(trees) } else { self.raise(trees, height).map_err(Refused::from) }
+    }
+
+    /// Adds levels above the roots of trees that no record names yet.
+    fn raise(&self, mut trees: Trees, height: u32) -> Result<Trees, Failed> {
+        let levels = height - trees.stripes[0].height;
+        let needed = levels as usize * trees.stripes.iter().filter(|tree| tree.root.load(Relaxed) != 0).count();
+        let mut spare = Vec::new();
+        while spare.len() < needed {
+            match self.take_node(&Account::NONE) {
+                Ok(node) => spare.push(node),
+                Err(failed) => {
+                    spare.into_iter().for_each(|node| self.put_empty_node(&Account::NONE, node));
+                    self.release_trees(&Account::NONE, trees);
+                    return Err(failed);
+                }
+            }
+        }
+        for (stripe, tree) in trees.stripes.iter_mut().enumerate() {
+            tree.height = height;
+            let mut root = tree.root.load(Relaxed);
+            if root == 0 {
+                continue;
+            }
+            for _ in 0..levels {
+                let above = spare.pop().unwrap_or_default();
+                let entries = self.nodes.entries(above);
+                entries[0].store(root, Relaxed);
+                entries[1..].iter().for_each(|entry| entry.store(0, Relaxed));
+                root = above;
+            }
+            tree.root.store(root, Relaxed);
+            self.nodes.entries(trees.top)[stripe].store(root, Release);
         }
         Ok(trees)
     }
 
-    /// Puts other trees in the map's place, at one instant, and releases what was there.
-    pub(crate) fn install(&self, map: &Map, trees: Trees) -> Result<(), Refused> {
-        let mut locked = map.stripes.each_ref().map(|stripe| stripe.0.write());
+    /// Puts other trees in the map's place, at one instant, and releases what was there. `note` writes down what must outlive
+    /// the process, before anybody sees the change.
+    pub(crate) fn install(&self, map: &Map, trees: Trees, note: impl FnOnce(u32)) -> Result<(), Refused> {
+        let mut locked = map.seize();
         if let Err(closed) = locked[0].check_open() {
             drop(locked);
-            self.release_trees(trees);
+            self.release_trees(&Account::NONE, trees);
             return Err(closed);
         }
+        note(trees.top);
+        let old = self.exchange_trees(map, &mut locked, trees);
+        map.account.forget();
+        drop(locked);
+        self.release_trees(&map.account, old);
+        Ok(())
+    }
+
+    fn exchange_trees(&self, map: &Map, locked: &mut [RwLockWriteGuard<'_, Tree>; STRIPES], mut trees: Trees) -> Trees {
+        for (tree, new) in locked.iter_mut().zip(&mut trees.stripes) {
+            std::mem::swap(&mut **tree, new);
+        }
+        trees.top = map.top.swap(trees.top, Relaxed);
+        trees
+    }
+
+    /// Makes the disk larger: what is added reads as zero.
+    pub(crate) fn grow(&self, map: &Map, size: u64, note: impl FnOnce(u32)) -> Result<(), Refused> {
+        let mut locked = map.seize();
+        locked[0].check_open()?;
+        let height = height_of(size).max(locked[0].height);
+        let trees = self.empty_trees(size)?;
+        for (stripe, (to, from)) in trees.stripes.iter().zip(&locked).enumerate() {
+            let root = from.root.load(Relaxed);
+            to.root.store(root, Relaxed);
+            self.nodes.entries(trees.top)[stripe].store(root, Release);
+            if root != 0 {
+                // for as long as two tops name it
+                self.retain_node(root);
+            }
+        }
         let mut trees = trees;
-        for (tree, new) in locked.iter_mut().zip(&mut trees) {
-            std::mem::swap(&mut **tree, new);
+        for (to, from) in trees.stripes.iter_mut().zip(&locked) {
+            (to.height, to.mapped) = (from.height, from.mapped);
         }
+        let trees = self.raise(trees, height)?;
+        note(trees.top);
+        let old = self.exchange_trees(map, &mut locked, trees);
+        map.account.grow(size);
+        map.size.store(size, Release);
         drop(locked);
-        self.release_trees(trees);
+        self.release_trees(&map.account, old);
         Ok(())
     }
 
-    /// Refuses all requests from now on and frees what only this map holds. A second time nothing is left to do.
+    /// Refuses all requests from now on and frees what only this map holds. A second time nothing is left to do. No record
+    /// names the map any more.
     pub(crate) fn close(&self, map: &Map) {
-        let mut trees = Map::empty_trees(0).map(|tree| Tree { root: AtomicU32::new(CLOSED), ..tree });
-        let mut locked = map.stripes.each_ref().map(|stripe| stripe.0.write());
-        for (tree, new) in locked.iter_mut().zip(&mut trees) {
-            std::mem::swap(&mut **tree, new);
-        }
+        let closed = |_| Tree { root: AtomicU32::new(CLOSED), height: 0, mapped: 0 };
+        let trees = Trees { top: 0, stripes: std::array::from_fn(closed) };
+        let mut locked = map.seize();
+        let old = self.exchange_trees(map, &mut locked, trees);
         drop(locked);
-        self.release_trees(trees);
-    }
-
-    /// Runs of blocks (first, count) that the two maps do not map to the same frame, in order. Looks only at what they
-    /// do not share. Neither changes meanwhile, or what changes may or may not be in the result.
-    pub(crate) fn differences(&self, a: &Map, b: &Map) -> Result<Vec<(u64, u64)>, Refused> {
-        if std::ptr::eq(a, b) {
-            return Ok(Vec::new());
-        }
-        let mut leaves = Vec::new();
-        for (stripe, (a, b)) in a.stripes.iter().zip(&b.stripes).enumerate() {
-            // The order is that of addresses, so that two calls with the maps the other way round cannot wait for each
-            // other.
-            let (a, b) = if std::ptr::from_ref(a) <= std::ptr::from_ref(b) {
-                let first = a.0.read();
-                (first, b.0.read())
-            } else {
-                let first = b.0.read();
-                (a.0.read(), first)
-            };
-            a.check_open()?;
-            b.check_open()?;
-            let mut see = |index: u64, a: u32, b: u32| {
-                leaves.push((index * STRIPES as u64 + stripe as u64, self.leaf_difference(a, b)));
-            };
-            self.compare((a.root.load(Relaxed), a.height), (b.root.load(Relaxed), b.height), 0, &mut see);
-        }
-        leaves.sort_unstable_by_key(|&(leaf, _)| leaf);
-        let mut runs: Vec<(u64, u64)> = Vec::new();
-        for (leaf, bits) in leaves {
-            for at in (0..LEAF_BLOCKS).filter(|at| bits >> at & 1 == 1) {
-                let block = leaf * LEAF_BLOCKS + at;
-                match runs.last_mut() {
-                    Some((first, count)) if *first + *count == block => *count += 1,
-                    _ => runs.push((block, 1)),
-                }
-            }
-        }
-        Ok(runs)
-    }
-
-    fn compare(&self, a: (u32, u32), b: (u32, u32), index: u64, see: &mut impl FnMut(u64, u32, u32)) {
-        let ((a, a_level), (b, b_level)) = (a, b);
-        if a == b && (a == 0 || a_level == b_level) {
-            return;
-        }
-        let level = a_level.max(b_level);
-        if level == 0 {
-            return see(index, a, b);
-        }
-        for n in 0..FANOUT {
-            let below = |node: u32, node_level: u32| {
-                if node == 0 {
-                    (0, level - 1)
-                } else if node_level == level {
-                    (self.nodes.entries(node)[n].load(Relaxed), level - 1)
-                } else if n == 0 {
-                    // the lower tree is the first child of the level it lacks
-                    (node, node_level)
-                } else {
-                    (0, level - 1)
-                }
-            };
-            self.compare(below(a, a_level), below(b, b_level), index << FANOUT_BITS | n as u64, see);
-        }
-    }
-
-    /// A bit for each block of a leaf whose frames differ.
-    fn leaf_difference(&self, a: u32, b: u32) -> u64 {
-        let frame = |leaf: u32, at: usize| if leaf == 0 { 0 } else { self.nodes.entries(leaf)[at].load(Relaxed) };
-        (0..FANOUT).filter(|&at| frame(a, at) != frame(b, at)).fold(0, |bits, at| bits | 1 << at)
-    }
-
-    /// Calls `see` with each mapped block's number and frame, in the order of the trees.
-    pub(crate) fn for_each_block(&self, map: &Map, mut see: impl FnMut(u64, u32)) -> Result<(), Refused> {
-        for (stripe, lock) in map.stripes.iter().enumerate() {
-            let tree = lock.0.read();
-            tree.check_open()?;
-            self.compare((tree.root.load(Relaxed), tree.height), (0, 0), 0, &mut |index, leaf, _| {
-                let first = (index * STRIPES as u64 + stripe as u64) * LEAF_BLOCKS;
-                for (at, entry) in (0..).zip(self.nodes.entries(leaf)) {
-                    match entry.load(Relaxed) {
-                        0 => {}
-                        frame => see(first + at, frame),
-                    }
-                }
-            });
-        }
-        Ok(())
-    }
-}
-
-/// An exact recount. With the world stopped.
-pub(crate) struct Recount<'a> {
-    engine: &'a Engine,
-    pub(crate) frames: Vec<u32>,
-    pub(crate) nodes: Vec<u32>,
-    pub(crate) faults: Vec<String>,
-}
-
-impl<'a> Recount<'a> {
-    pub(crate) fn new(engine: &'a Engine) -> Self {
-        let frames = engine.frames.pool.stats().next as usize;
-        let nodes = engine.nodes.pool.stats().next as usize;
-        Self { engine, frames: vec![0; frames], nodes: vec![0; nodes], faults: Vec::new() }
-    }
-
-    pub(crate) fn fault(&mut self, text: String) {
-        if self.faults.len() < 1000 {
-            self.faults.push(text);
-        }
-    }
-
-    pub(crate) fn add(&mut self, map: &Map) {
-        for stripe in &map.stripes {
-            let tree = stripe.0.read();
-            let root = tree.root.load(Relaxed);
-            if root == CLOSED {
-                continue;
-            }
-            self.visit(root, tree.height);
-            let mapped = if root == 0 { 0 } else { self.engine.count_mapped(root, tree.height) };
-            if mapped != tree.mapped {
-                self.fault(format!("a tree maps {mapped} blocks and says {}", tree.mapped));
-            }
-        }
-    }
-
-    fn visit(&mut self, node: u32, level: u32) {
-        if node == 0 {
-            return;
-        }
-        let Some(seen) = self.nodes.get_mut(node as usize) else {
-            return self.fault(format!("a map names node {node}, which was never dealt"));
-        };
-        *seen += 1;
-        if *seen > 1 {
-            return;
-        }
-        for at in 0..FANOUT {
-            match self.engine.nodes.entries(node)[at].load(Relaxed) {
-                0 => {}
-                frame if level == 0 => match self.frames.get_mut(frame as usize) {
-                    Some(count) => *count = count.saturating_add(1),
-                    None => self.fault(format!("node {node} names frame {frame}, which was never dealt")),
-                },
-                child => self.visit(child, level - 1),
-            }
-        }
-    }
-
-    /// Compares counts, free lists and index with what was added.
-    pub(crate) fn compare(&mut self) {
-        let engine = self.engine;
-        for frame in 1..self.frames.len() as u32 {
-            let (expected, found) = (self.frames[frame as usize], engine.frames.count(frame));
-            if expected != found && found < engine.sticky {
-                self.fault(format!("frame {frame} counts {found} references, {expected} exist"));
-            }
-        }
-        for node in 1..self.nodes.len() as u32 {
-            let (expected, found) = (self.nodes[node as usize], engine.nodes.references(node).load(Acquire));
-            if expected != found {
-                self.fault(format!("node {node} counts {found} references, {expected} exist"));
-            }
-        }
-        let is_free = |used: &[u32], free: Vec<u32>, kind: &str, count: &dyn Fn(u32) -> u32| {
-            let mut faults = Vec::new();
-            let mut listed = vec![false; used.len()];
-            for number in free {
-                if std::mem::replace(&mut listed[number as usize], true) {
-                    faults.push(format!("{kind} {number} is free twice"));
-                }
-            }
-            for number in 1..used.len() {
-                let in_use = used[number] > 0 || count(number as u32) > 0;
-                if in_use == listed[number] {
-                    let state = if in_use { "used and free" } else { "neither used nor free" };
-                    faults.push(format!("{kind} {number} is {state}"));
-                }
-            }
-            faults
-        };
-        let frames =
-            is_free(&self.frames, engine.frames.pool.free_numbers(), "frame", &|frame| engine.frames.count(frame));
-        let nodes = is_free(&self.nodes, engine.nodes.pool.free_numbers(), "node", &|node| {
-            engine.nodes.references(node).load(Acquire)
-        });
-        for fault in frames.into_iter().chain(nodes) {
-            self.fault(fault);
-        }
-        let mut listed = vec![false; self.frames.len()];
-        engine.frames.index.for_each(|tag, frame| {
-            if engine.frames.count(frame) == 0 || engine.frames.tag(frame) != tag {
-                self.fault(format!("the index lists frame {frame} under {tag:#x}, which does not hold it"));
-            } else if std::mem::replace(&mut listed[frame as usize], true) {
-                self.fault(format!("the index lists frame {frame} twice"));
-            }
-        });
+        self.release_trees(&map.account, old);
     }
 }
 

@@ -6,6 +6,10 @@
 //! that share one page of the machine. A [`Budget`] is charged for a granule when it is taken and credited when it goes
 //! back; what a freed number still occupies stays charged, because the machine does not have it.
 //!
+//! Which numbers are free is known in this process only: [`Pool::adopt`] finds it out again from who is referred to. What
+//! cannot be found out lies in [`Words`] that may outlive the process: how far numbers were dealt (word 0), and a bit for
+//! each granule whose memory is ours (from word [`BITS_AT`] on), set before it is touched and cleared after it went back.
+//!
 //! Lock order: cache, then central. `purging` is taken before both, by one purge at a time.
 
 use std::{
@@ -15,25 +19,31 @@ use std::{
 
 use parking_lot::Mutex;
 
-use crate::sync::{Padded, SLOTS, slot};
+use crate::{
+    arena::Words,
+    sync::{Padded, SLOTS, slot},
+};
 
 /// Numbers moved between a cache and the central list at once: large enough that the central lock is rare, small enough
 /// that what sits in caches is nothing (16 slots x 64 frames = 4 MiB).
 const BATCH: usize = 32;
 
+/// Where the bits begin: on a cache line of their own.
+const BITS_AT: usize = 16;
+
 /// Bytes the machine has lent us against the most it may.
 pub(crate) struct Budget {
-    limit: u64,
+    limit: AtomicU64,
     charged: AtomicU64,
 }
 
 impl Budget {
     pub(crate) const fn new(limit: u64) -> Self {
-        Self { limit, charged: AtomicU64::new(0) }
+        Self { limit: AtomicU64::new(limit), charged: AtomicU64::new(0) }
     }
 
-    pub(crate) const fn limit(&self) -> u64 {
-        self.limit
+    pub(crate) fn limit(&self) -> u64 {
+        self.limit.load(Relaxed)
     }
 
     pub(crate) fn charged(&self) -> u64 {
@@ -44,8 +54,13 @@ impl Budget {
     #[must_use]
     pub(crate) fn charge(&self, bytes: u64) -> bool {
         self.charged
-            .fetch_update(Relaxed, Relaxed, |charged| charged.checked_add(bytes).filter(|sum| *sum <= self.limit))
+            .fetch_update(Relaxed, Relaxed, |charged| charged.checked_add(bytes).filter(|sum| *sum <= self.limit()))
             .is_ok()
+    }
+
+    /// Takes `bytes` that are taken already, whether they fit or not.
+    pub(crate) fn charge_anyway(&self, bytes: u64) {
+        self.charged.fetch_add(bytes, Relaxed);
     }
 
     pub(crate) fn credit(&self, bytes: u64) {
@@ -74,6 +89,7 @@ pub(crate) struct Pool {
     caches: [Padded<Mutex<Vec<u32>>>; SLOTS],
     central: Mutex<Central>,
     purging: Mutex<()>,
+    lent: Words,
 }
 
 struct Central {
@@ -81,6 +97,8 @@ struct Central {
     kept: Vec<u32>,
     /// First numbers of granules that are free and whose memory went back.
     returned: Vec<u32>,
+    /// Free without memory, in granules whose other memory is ours.
+    hollow: Vec<u32>,
     /// Never dealt yet.
     next: u32,
     /// Purge when `kept` is longer.
@@ -100,9 +118,67 @@ pub(crate) struct PoolStats {
 }
 
 impl Pool {
-    pub(crate) fn new(capacity: u32, unit: Unit) -> Self {
-        let central = Central { kept: Vec::new(), returned: Vec::new(), next: 1, purge_above: unit.keep };
-        Self { unit, capacity, caches: Default::default(), central: Mutex::new(central), purging: Mutex::new(()) }
+    /// `lent` has [`Pool::words`] words, all zero or what an earlier process left; then [`Pool::adopt`] comes next.
+    pub(crate) fn new(capacity: u32, unit: Unit, lent: Words) -> Self {
+        let central =
+            Central { kept: Vec::new(), returned: Vec::new(), hollow: Vec::new(), next: 1, purge_above: unit.keep };
+        Self { unit, capacity, caches: Default::default(), central: Mutex::new(central), purging: Mutex::new(()), lent }
+    }
+
+    /// Words that a pool needs.
+    pub(crate) fn words(capacity: u32, granule: u32) -> usize {
+        BITS_AT + (capacity as usize / granule as usize + 1).div_ceil(32)
+    }
+
+    /// Notes whether the memory of these numbers, whole granules but for the first and last, is ours.
+    fn set_lent(&self, numbers: Range<u32>, lent: bool) {
+        let words = self.lent.all();
+        for granule in numbers.start / self.unit.granule..numbers.end.div_ceil(self.unit.granule) {
+            let (word, bit) = (&words[BITS_AT + granule as usize / 32], 1 << (granule % 32));
+            if lent {
+                word.fetch_or(bit, Relaxed)
+            } else {
+                word.fetch_and(!bit, Relaxed)
+            };
+        }
+    }
+
+    fn is_lent(&self, granule: u32) -> bool {
+        self.lent.all()[BITS_AT + granule as usize / 32].load(Relaxed) >> (granule % 32) & 1 == 1
+    }
+
+    /// No number from this on was dealt by the process before.
+    pub(crate) fn dealt_before(&self) -> u32 {
+        self.lent.all()[0].load(Relaxed).clamp(1, self.capacity + 1)
+    }
+
+    /// Takes over what an earlier process left, before anything else is done here. All numbers `used` says yes to are used,
+    /// the others are free. What that takes from the machine is charged, whether the budget holds it or not. How many used
+    /// ones were said not to be ours: damage.
+    pub(crate) fn adopt(&self, used: impl Fn(u32) -> bool, budget: &Budget) -> usize {
+        let Unit { bytes, beside, granule, .. } = self.unit;
+        let mut central = self.central.lock();
+        let next = self.dealt_before();
+        let (mut numbers, mut wrong) = (0, 0);
+        for n in (0..next.div_ceil(granule)).rev() {
+            let range = (n * granule).max(1)..((n + 1) * granule).min(next);
+            let whole = range.len() == granule as usize;
+            if !self.is_lent(n) {
+                let in_use = range.clone().filter(|&number| used(number)).count();
+                if in_use == 0 && whole {
+                    central.returned.push(range.start);
+                    continue;
+                }
+                wrong += in_use;
+                self.set_lent(range.clone(), true);
+            }
+            numbers += range.len() as u64;
+            central.kept.extend(range.rev().filter(|&number| !used(number)));
+        }
+        central.next = next;
+        central.purge_above = self.unit.keep.max(central.kept.len() / 4 * 5);
+        budget.charge_anyway(numbers * bytes + u64::from(next - 1) * beside);
+        wrong
     }
 
     /// A free number, now the caller's; `None` when there is none or the budget does not hold more.
@@ -132,11 +208,20 @@ impl Pool {
     /// Takes more memory from the machine. The lowest number ends last in `kept`, so that it is dealt first.
     fn grow(&self, central: &mut Central, budget: &Budget) -> bool {
         let Unit { bytes, beside, granule, .. } = self.unit;
+        if let Some(&number) = central.hollow.last() {
+            if !budget.charge(bytes) {
+                return false;
+            }
+            central.hollow.pop();
+            central.kept.push(number);
+            return true;
+        }
         if let Some(&first) = central.returned.last() {
             if !budget.charge(u64::from(granule) * bytes) {
                 return false;
             }
             central.returned.pop();
+            self.set_lent(first..first + granule, true);
             central.kept.extend((first..first + granule).rev());
             return true;
         }
@@ -144,6 +229,8 @@ impl Pool {
             let end = (u64::from(central.next / step + 1) * u64::from(step)).min(u64::from(self.capacity) + 1) as u32;
             let count = end - central.next;
             if count > 0 && budget.charge(u64::from(count) * (bytes + beside)) {
+                self.set_lent(central.next..end, true);
+                self.lent.all()[0].store(end, Relaxed);
                 central.kept.extend((central.next..end).rev());
                 central.next = end;
                 return true;
@@ -163,6 +250,11 @@ impl Pool {
         let mut central = self.central.lock();
         central.kept.extend(cache.drain(..BATCH));
         central.kept.len() > central.purge_above
+    }
+
+    /// Takes a number back whose memory went back to the machine already.
+    pub(crate) fn put_hollow(&self, number: u32) {
+        self.central.lock().hollow.push(number);
     }
 
     /// Gives memory of free numbers back to the machine, all but `keep` of them, as far as whole granules are free.
@@ -191,7 +283,9 @@ impl Pool {
             if group.len() == granule as usize { whole.push(group[0]) } else { rest.extend_from_slice(group) }
         }
         for run in whole.chunk_by(|a, b| a + granule == *b) {
-            give_back(run[0]..run[run.len() - 1] + granule);
+            let run = run[0]..run[run.len() - 1] + granule;
+            give_back(run.clone());
+            self.set_lent(run, false);
         }
         budget.credit(whole.len() as u64 * u64::from(granule) * self.unit.bytes);
         let mut central = self.central.lock();
@@ -217,7 +311,7 @@ impl Pool {
         let central = self.central.lock();
         let kept = (cached + central.kept.len()) as u64;
         let returned = central.returned.len() as u64 * u64::from(self.unit.granule);
-        let resident = u64::from(central.next - 1).saturating_sub(returned);
+        let resident = u64::from(central.next - 1).saturating_sub(returned + central.hollow.len() as u64);
         PoolStats { used: resident.saturating_sub(kept), kept, resident, next: central.next }
     }
 
@@ -229,6 +323,7 @@ impl Pool {
         }
         let central = self.central.lock();
         free.extend_from_slice(&central.kept);
+        free.extend_from_slice(&central.hollow);
         free.extend(central.returned.iter().flat_map(|&first| first..first + self.unit.granule));
         free
     }
@@ -241,7 +336,8 @@ mod tests {
     use super::*;
 
     fn pool(granule: u32, keep: usize) -> Pool {
-        Pool::new(1000, Unit { bytes: 100, beside: 10, granule, keep })
+        let lent = Words::reserve(Pool::words(1000, granule), None).unwrap();
+        Pool::new(1000, Unit { bytes: 100, beside: 10, granule, keep }, lent)
     }
 
     #[test]
@@ -293,6 +389,31 @@ mod tests {
         let again: HashSet<u32> = (0..511).map(|_| pool.take(&budget).unwrap()).collect();
         assert!(!again.contains(&40));
         assert_eq!(again.len(), 511);
+    }
+
+    #[test]
+    fn what_a_pool_leaves_is_adopted() {
+        for granule in [1, 16] {
+            let (pool, budget) = (pool(granule, 64), Budget::new(u64::MAX));
+            let taken: Vec<u32> = (0..700).map(|_| pool.take(&budget).unwrap()).collect();
+            for &number in taken.iter().filter(|&&number| number % 40 > 3) {
+                if pool.put(number) {
+                    pool.purge(pool.keep() / 2, &budget, |_| {});
+                }
+            }
+            pool.purge(0, &budget, |_| {});
+            let Pool { unit, capacity, lent, .. } = pool;
+            let (charged, budget) = (budget.charged(), Budget::new(1000));
+            let pool = Pool::new(capacity, unit, lent);
+            let used = |number: u32| taken.contains(&number) && number % 40 <= 3;
+            assert_eq!(pool.adopt(used, &budget), 0);
+            assert_eq!(budget.charged(), charged, "over the limit, but true");
+            let free: HashSet<u32> = pool.free_numbers().into_iter().collect();
+            let dealt = pool.stats().next;
+            assert!((1..dealt).all(|number| free.contains(&number) != used(number)));
+            assert!(pool.stats().resident < u64::from(dealt - 1) || granule == 16);
+            assert_eq!(pool.stats().used as usize, taken.iter().filter(|&&number| used(number)).count());
+        }
     }
 
     #[test]

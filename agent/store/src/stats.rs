@@ -1,8 +1,8 @@
 //! What the store says about itself.
 
-use muster_common::{ByteLen, Digest, VolumeId};
+use muster_common::{ByteLen, Digest, SnapshotId, TenantId, VolumeId};
 
-use crate::PageKind;
+use crate::{PageKind, config::WhenFull};
 
 /// The store as a whole. All figures are of now; under load they are each right for some recent instant.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,10 +37,21 @@ pub struct StoreStats {
     pub no_space: u64,
     pub images: usize,
     pub volumes: usize,
-    /// Snapshots somebody holds, and images being brought in.
+    /// Snapshots somebody holds or that are kept, and images being brought in.
     pub snapshots: usize,
+    /// Frames kept aside for volumes with a reservation; `unique_blocks` does not count them, `frame_bytes` does.
+    pub reserved_bytes: ByteLen,
+    /// Blocks in the spill file. They are among `unique_blocks`, their memory is not in `frame_bytes`.
+    pub spilled_bytes: ByteLen,
+    /// Blocks written to the spill file, and read from it, since the start.
+    pub spill_writes: u64,
+    pub spill_reads: u64,
+    /// Blocks that are damaged and not repaired: whoever reads them gets an error.
+    pub damaged_blocks: u64,
     /// The pages the arena really got.
     pub pages: PageKind,
+    /// Whether the memory outlives this process.
+    pub shared: bool,
 }
 
 /// One volume.
@@ -51,6 +62,10 @@ pub struct VolumeStats {
     pub base: Option<Digest>,
     pub size: ByteLen,
     pub read_only: bool,
+    pub tenant: Option<TenantId>,
+    pub quota: Option<ByteLen>,
+    pub reservation: Option<ByteLen>,
+    pub when_full: WhenFull,
     /// Blocks mapped to a frame, shared ones included.
     pub mapped_bytes: ByteLen,
     /// Blocks that differ in place from what the volume was made from: what a reset gives up, before dedup.
@@ -67,6 +82,19 @@ pub struct ImageInfo {
     pub mapped_bytes: ByteLen,
     /// Volumes cloned from it.
     pub volumes: usize,
+}
+
+/// One kept snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    pub id: SnapshotId,
+    /// Given by whoever keeps it.
+    pub label: String,
+    /// The volume it is of.
+    pub volume: VolumeId,
+    pub size: ByteLen,
+    /// When it was kept, µs since 1970.
+    pub kept_us: u64,
 }
 
 /// What reading every block of an image or volume and hashing it again found.

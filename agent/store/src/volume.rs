@@ -6,9 +6,9 @@ use std::sync::{
 };
 
 use muster_block::BlockDevice;
-use muster_common::{ByteLen, Digest, VolumeId};
+use muster_common::{ByteLen, Digest, TenantId, VolumeId};
 
-use crate::{Image, StoreError, VolumeSpec, VolumeStats, disk::Disk, map::Map};
+use crate::{Image, StoreError, VolumeSpec, VolumeStats, config::WhenFull, disk::Disk};
 
 /// A disk that started as an image, a snapshot or zeroes, and goes its own way.
 ///
@@ -20,6 +20,11 @@ pub struct Volume {
     base: Option<Digest>,
     origin: Origin,
     generation: AtomicU64,
+    tenant: Option<TenantId>,
+    /// Bytes; 0 without one.
+    quota: AtomicU64,
+    reservation: Option<ByteLen>,
+    when_full: WhenFull,
 }
 
 /// What a reset goes back to.
@@ -41,7 +46,17 @@ impl Origin {
 
 impl Volume {
     pub(crate) fn new(disk: Disk, spec: &VolumeSpec, origin: Origin) -> Volume {
-        Volume { disk, id: spec.id, base: spec.base, origin, generation: AtomicU64::new(spec.generation) }
+        Volume {
+            disk,
+            id: spec.id,
+            base: spec.base,
+            origin,
+            generation: AtomicU64::new(spec.generation),
+            tenant: spec.tenant,
+            quota: AtomicU64::new(spec.quota.map_or(0, ByteLen::bytes)),
+            reservation: spec.reservation,
+            when_full: spec.when_full,
+        }
     }
 
     pub fn id(&self) -> VolumeId {
@@ -66,7 +81,35 @@ impl Volume {
     /// Takes microseconds and about a kilobyte, whatever the size.
     pub fn snapshot(&self) -> Result<Snapshot, StoreError> {
         let _inside = self.disk.inner.engine.world.enter();
-        Ok(Snapshot { disk: Arc::new(self.disk.fork(self.disk.map.size, true)?) })
+        Ok(Snapshot { disk: Arc::new(self.disk.fork(self.disk.map.size(), true)?) })
+    }
+
+    /// Makes the volume larger; what is added reads as zero. Whoever shows it to a guest tells the guest afterwards.
+    pub fn grow(&self, size: ByteLen) -> Result<(), StoreError> {
+        Disk::check_size(size)?;
+        let inner = &self.disk.inner;
+        let _inside = inner.engine.world.enter();
+        if size < self.size() {
+            return Err(StoreError::Shrink { size: self.size(), wanted: size });
+        }
+        let note = |top| {
+            inner.records.change(self.disk.record(), |variant| {
+                variant.top = top;
+                variant.size = size.bytes();
+            });
+        };
+        inner.engine.grow(&self.disk.map, size.bytes(), note).map_err(|refused| inner.refused(&self.disk.map, refused))
+    }
+
+    /// Changes the quota of a volume that was made with one.
+    pub fn set_quota(&self, quota: ByteLen) -> bool {
+        if self.disk.map.account.own_blocks().is_none() {
+            return false;
+        }
+        self.disk.inner.records.change(self.disk.record(), |variant| variant.quota = quota.bytes());
+        self.quota.store(quota.bytes(), Relaxed);
+        self.disk.map.account.set_quota(quota.bytes());
+        true
     }
 
     /// Back to what it was made from, at one instant; returns the new generation. Whoever shows the volume to a guest
@@ -89,13 +132,50 @@ impl Volume {
     fn become_copy_of(&self, other: Option<&Disk>) -> Result<u64, StoreError> {
         let inner = &self.disk.inner;
         let _inside = inner.engine.world.enter();
-        let size = self.disk.map.size;
+        let map = &self.disk.map;
+        let size = map.size();
         let trees = match other {
-            None => Map::empty_trees(size),
-            Some(other) => inner.engine.fork(&other.map, size).map_err(|refused| inner.refused(refused))?,
+            None => inner.engine.empty_trees(size).map_err(|failed| inner.refused(map, failed.into()))?,
+            Some(other) => other.fork_trees(size)?,
         };
-        inner.engine.install(&self.disk.map, trees).map_err(|refused| inner.refused(refused))?;
-        Ok(self.generation.fetch_add(1, Relaxed) + 1)
+        let mut generation = 0;
+        let note = |top| {
+            // under the locks of the whole map, so that generation and contents go together
+            generation = self.generation.fetch_add(1, Relaxed) + 1;
+            inner.records.change(self.disk.record(), |variant| {
+                variant.top = top;
+                variant.generation = generation;
+            });
+        };
+        inner.engine.install(map, trees, note).map_err(|refused| inner.refused(map, refused))?;
+        if map.account.counts() {
+            self.count_own()?;
+            inner.fill_reserve(map, false)?;
+        }
+        Ok(generation)
+    }
+
+    /// Finds out which blocks are the volume's own: those that differ from its origin.
+    pub(crate) fn count_own(&self) -> Result<(), StoreError> {
+        let (inner, map) = (&self.disk.inner, &self.disk.map);
+        let engine = &inner.engine;
+        let refused = |refused| inner.refused(map, refused);
+        match self.origin.disk() {
+            None => {
+                let mut leaves = std::collections::HashMap::<u64, u64>::new();
+                engine
+                    .for_each_block(map, |block, _| *leaves.entry(block / 64).or_default() |= 1 << (block % 64))
+                    .map_err(refused)?;
+                leaves.into_iter().for_each(|(leaf, bits)| map.account.found_own(leaf, bits));
+            }
+            Some(origin) => {
+                for (leaf, bits) in engine.differing_leaves(map, &origin.map).map_err(refused)? {
+                    let mapped = engine.mapped_bits(map, leaf);
+                    map.account.found_own(leaf, bits & mapped);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Walks what differs from the origin; all that is shared with it is skipped.
@@ -113,6 +193,10 @@ impl Volume {
             base: self.base,
             size: self.size(),
             read_only: self.geometry().read_only,
+            tenant: self.tenant,
+            quota: Some(ByteLen(self.quota.load(Relaxed))).filter(|quota| *quota > ByteLen::ZERO),
+            reservation: self.reservation,
+            when_full: self.when_full,
             mapped_bytes: ByteLen(self.disk.map.mapped() * 4096),
             changed_bytes: ByteLen(changed),
         }

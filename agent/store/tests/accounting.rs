@@ -17,7 +17,7 @@ fn anonymous() -> u64 {
 fn the_whole_process_grows_by_what_is_reported_within_five_percent() {
     for pages in [Pages::Small, Pages::Transparent] {
         let before = anonymous();
-        let store = Store::open(StoreConfig { budget: ByteLen::gib(1), pages }).unwrap();
+        let store = Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::gib(1)) }).unwrap();
         let volume = store.create_volume(VolumeSpec::blank(VolumeId::random(), ByteLen::gib(4))).unwrap();
         let mut random = Random(3);
         let mut data = vec![0; 256 << 10];

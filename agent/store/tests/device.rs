@@ -8,7 +8,7 @@ use muster_common::{ByteLen, Digest, VolumeId};
 use muster_store::{Pages, Store, StoreConfig, VolumeSpec};
 
 fn store(pages: Pages) -> Store {
-    Store::open(StoreConfig { budget: ByteLen::mib(256), pages }).unwrap()
+    Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::mib(256)) }).unwrap()
 }
 
 fn digest(n: u8) -> Digest {

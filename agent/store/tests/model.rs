@@ -296,7 +296,7 @@ proptest! {
         steps in prop::collection::vec(step(), 1..60)
     ) {
         let pages = if small { Pages::Small } else { Pages::Transparent };
-        let store = Store::open(StoreConfig { budget: ByteLen::mib(512), pages }).unwrap();
+        let store = Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::mib(512)) }).unwrap();
         let empty = store.stats();
         let mut world = World::default();
         world.apply(&store, Step::Blank { small: false });

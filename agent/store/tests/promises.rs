@@ -80,7 +80,7 @@ fn a_clone_of_40_gib_takes_at_most_a_millisecond_and_64_kib() {
 
 #[test]
 fn two_overlapping_images_are_resident_at_their_unique_blocks() {
-    let store = Store::open(StoreConfig { budget: ByteLen::mib(256), pages: Pages::Small }).unwrap();
+    let store = Store::open(StoreConfig { pages: Pages::Small, ..StoreConfig::new(ByteLen::mib(256)) }).unwrap();
     // 32 MiB each, three quarters in common, at other places in the second one
     import(&store, 1, ByteLen::mib(64), 0..8192);
     import(&store, 2, ByteLen::mib(64), (2048..10_240).rev());
@@ -97,7 +97,7 @@ fn two_overlapping_images_are_resident_at_their_unique_blocks() {
 #[test]
 fn a_full_store_refuses_with_no_space_and_loses_nothing() {
     for pages in [Pages::Small, Pages::Transparent] {
-        let store = Store::open(StoreConfig { budget: ByteLen::mib(32), pages }).unwrap();
+        let store = Store::open(StoreConfig { pages, ..StoreConfig::new(ByteLen::mib(32)) }).unwrap();
         let volume = blank(&store, ByteLen::gib(1));
         let fitted = (0..)
             .take_while(|&n| match write(&volume, n * 4096, &block(n + 1)) {
@@ -171,7 +171,8 @@ fn zero_blocks_take_no_memory_and_trimmed_ones_give_it_back() {
     }
     assert_eq!(store.stats().unique_blocks, 0);
     volume.trim(0, 8 << 30).unwrap();
-    assert_eq!(store.audit().nodes, 0);
+    // its top
+    assert_eq!(store.audit().nodes, 1);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 pub mod balky;
+pub mod guest;
 
 use std::{
     collections::BTreeMap,
@@ -24,10 +25,11 @@ use muster_bus::{
 };
 use muster_common::{ByteLen, Clock, CommandId, ControllerId, Digest, SystemClock, VmId};
 use muster_idl::{
-    arguments::{BootSpec, TemplateSpec},
+    arguments::{ApplicationSpec, BootSpec, TemplateSpec},
     v1::{Argument, ControllerState, Event, GroupCommand, Member, Outcome, TargetKind, Verb, Verdict, VirtualSystem},
 };
 use muster_repository::{Repository, storage::MemoryStorage};
+use muster_store::Store;
 use muster_virt::{
     Hypervisor,
     simulator::{Chances, Latencies, Simulator},
@@ -282,6 +284,11 @@ impl Controller {
 }
 
 pub fn template(image: &Digest, data_mib: Option<u64>) -> String {
+    template_with(image, data_mib, &[])
+}
+
+pub fn template_with(image: &Digest, data_mib: Option<u64>, applications: &[Digest]) -> String {
+    let application = |digest: &Digest| ApplicationSpec { image: digest.to_string(), image_name: "tools".into() };
     let spec = TemplateSpec {
         name: "desk".into(),
         image: image.to_string(),
@@ -289,6 +296,7 @@ pub fn template(image: &Digest, data_mib: Option<u64>) -> String {
         vcpus: 1,
         memory_bytes: 256 << 20,
         data_volume_bytes: data_mib.map(|m| m << 20),
+        applications: applications.iter().map(application).collect(),
         boot: BootSpec::default(),
         bridge: None,
     };
@@ -300,6 +308,21 @@ pub struct Place {
     pub dir: tempfile::TempDir,
     pub hypervisor: Arc<Simulator>,
     pub name: String,
+}
+
+impl Drop for Place {
+    /// A test that failed leaves no QEMU behind.
+    fn drop(&mut self) {
+        let ours = self.dir.path().to_string_lossy().into_owned();
+        for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command);
+            let program = command.split('\0').next().unwrap_or_default();
+            if program.contains("qemu-system") && command.contains(&ours) {
+                let _ = std::process::Command::new("kill").arg("-9").arg(process.file_name()).status();
+            }
+        }
+    }
 }
 
 impl Place {
@@ -328,6 +351,17 @@ impl Place {
 
     pub async fn start_on(&self, network: &Network, config: Config, hypervisor: Arc<dyn Hypervisor>) -> Agent {
         let deps = Deps { bus: Some(network.join(&self.name)), hypervisor: Some(hypervisor), ..Deps::default() };
+        Agent::start(config, deps).await.unwrap()
+    }
+
+    /// On a store that outlives it.
+    pub async fn start_on_store(&self, network: &Network, config: Config, store: &Store) -> Agent {
+        let deps = Deps {
+            bus: Some(network.join(&self.name)),
+            hypervisor: Some(Arc::clone(&self.hypervisor) as Arc<dyn Hypervisor>),
+            store: Some(store.clone()),
+            ..Deps::default()
+        };
         Agent::start(config, deps).await.unwrap()
     }
 

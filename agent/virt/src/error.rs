@@ -29,6 +29,8 @@ pub enum HypervisorErrorKind {
     Connection,
     /// Something needed is not installed on this host; the context says what to install.
     NotInstalled,
+    /// The server of one of the domain's disks is not there. Nothing was done.
+    DiskUnavailable,
     /// The caller's specification is wrong.
     InvalidSpec,
     /// Anything else, see the source.

@@ -87,7 +87,8 @@ pub trait Hypervisor: Send + Sync {
 
     fn status(&self, vm: VmId) -> Result<DomainStatus>;
 
-    /// Starts a domain that is off, or brings a saved one back with its memory.
+    /// Starts a domain that is off, or brings a saved one back with its memory. The servers of its vhost-user disks have
+    /// to answer: `DiskUnavailable` otherwise (QEMU would wait for them without an end).
     fn start(&self, vm: VmId) -> Result<()>;
 
     /// As `start`, but left paused before the first instruction.

@@ -44,7 +44,7 @@ pub use hypervisor::{Capabilities, Hypervisor, HypervisorInfo, HypervisorKind, S
 pub use pool::{Lane, Pool, PoolConfig};
 pub use probe::{KvmProbe, probe_kvm};
 pub use screenshot::Screenshot;
-pub use spec::{Accel, Boot, Console, DiskSpec, DomainSpec, NicSpec};
+pub use spec::{Accel, Boot, Console, DiskSpec, DiskTransport, DomainSpec, NicSpec};
 pub use state::{
     BlockStats, DomainState, DomainStats, DomainStatus, ExecRequest, ExecResult, HypervisorEvent, NetStats, StateReason,
 };

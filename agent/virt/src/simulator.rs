@@ -274,15 +274,16 @@ impl Simulator {
         Ok(())
     }
 
-    /// A disk of the guest fails: paused with that reason, as with our error policy.
-    pub fn fail_disk(&self, vm: VmId) -> Result<()> {
+    /// A disk of the guest fails: paused with that reason, as with our error policy. `no_space`: because its server has no
+    /// room.
+    pub fn fail_disk(&self, vm: VmId, no_space: bool) -> Result<()> {
         let mut state = self.inner.settled();
         let now = self.inner.now();
         let guest = active(&mut state, vm, "fail a disk of")?;
         guest.hold(now);
         (guest.state, guest.reason) = (DomainState::Paused, StateReason::IoError);
         let disk = guest.spec.disks.first().map_or_else(String::new, |disk| disk.target.clone());
-        self.inner.subscribers.publish(&HypervisorEvent::IoError { vm, disk });
+        self.inner.subscribers.publish(&HypervisorEvent::IoError { vm, disk, no_space });
         self.inner.lifecycle(vm, guest);
         Ok(())
     }
@@ -559,6 +560,7 @@ impl Inner {
             memory_resident: Some(resident),
             memory_usable: guest.agent.then_some(resident),
             block: (guest.spec.disks.iter())
+                .filter(|disk| !disk.transport.is_vhost_user())
                 .map(|disk| BlockStats {
                     target: disk.target.clone(),
                     read_requests: busy_us / 1000,

@@ -1,6 +1,6 @@
 //! What a domain is made of. Data only; `xml` turns it into libvirt's language.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use muster_common::id::VmId;
 use muster_common::units::ByteLen;
@@ -26,18 +26,56 @@ pub enum Boot {
     Disk,
 }
 
-/// One virtual disk, served over NBD on a unix socket.
+/// How QEMU reaches a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DiskTransport {
+    /// QEMU is the client of an NBD server, and its own block layer carries each request.
+    Nbd {
+        /// Unix socket of the server; it may serve many disks.
+        socket: PathBuf,
+        /// Export name, by our rule `<volume uuid>.<generation>`.
+        export_name: String,
+    },
+    /// The server reads the guest's rings itself (vhost-user-blk): no copy through a socket, and the guest only stalls
+    /// while the server is away. The domain's memory becomes shared memory.
+    ///
+    /// What libvirt refuses for such a disk is the server's to say: write protection (`VIRTIO_BLK_F_RO`), the serial
+    /// number (the device id), errors, throttling, counters.
+    VhostUser {
+        /// Unix socket of this disk alone. It must answer before the domain is started, see
+        /// [`crate::Hypervisor::start`].
+        socket: PathBuf,
+        /// Request queues, 1 to [`DiskTransport::MAX_QUEUES`]. The server has to offer as many, also after each restart.
+        queues: u16,
+    },
+}
+
+impl DiskTransport {
+    /// More queues than processors serve nobody; no host of ours gives a guest more than this.
+    pub const MAX_QUEUES: u16 = 64;
+
+    /// Where the server listens.
+    pub fn socket(&self) -> &Path {
+        match self {
+            Self::Nbd { socket, .. } | Self::VhostUser { socket, .. } => socket,
+        }
+    }
+
+    pub fn is_vhost_user(&self) -> bool {
+        matches!(self, Self::VhostUser { .. })
+    }
+}
+
+/// One virtual disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskSpec {
     /// Name in the guest's bus order: `vda`, `vdb`, ...
     pub target: String,
-    /// Unix socket of the NBD server.
-    pub export_socket: PathBuf,
-    /// Export name, by our rule `<volume uuid>.<generation>`.
-    pub export_name: String,
-    /// The guest sees a write-protected disk.
+    pub transport: DiskTransport,
+    /// The guest sees a write-protected disk. Over vhost-user the server says so.
     pub read_only: bool,
-    /// Serial number shown to the guest (at most 20 characters of `[A-Za-z0-9._-]`).
+    /// Serial number shown to the guest (at most 20 characters of `[A-Za-z0-9._-]`). Over vhost-user the server says it.
     pub serial: Option<String>,
 }
 
@@ -74,6 +112,9 @@ pub struct DomainSpec {
     /// Ceiling for adding processors later; at least `vcpus`.
     pub max_vcpus: u32,
     pub memory: ByteLen,
+    /// Back the memory with huge pages of the host's default size, which the operator has reserved. Faster with nested
+    /// paging; a start without enough of them fails.
+    pub huge_pages: bool,
     pub disks: Vec<DiskSpec>,
     pub boot: Boot,
     /// QEMU machine type, normally [`DomainSpec::MACHINE`].
@@ -101,6 +142,7 @@ impl DomainSpec {
             vcpus: 1,
             max_vcpus: 1,
             memory,
+            huge_pages: false,
             disks: Vec::new(),
             boot,
             machine: Self::MACHINE.to_owned(),

@@ -115,6 +115,7 @@ pub struct DomainStats {
     pub memory_resident: Option<ByteLen>,
     /// Free for applications by the guest's own account; needs its balloon driver.
     pub memory_usable: Option<ByteLen>,
+    /// One for each disk the hypervisor counts. A vhost-user disk is none of them: its server counts.
     pub block: Vec<BlockStats>,
     pub net: Vec<NetStats>,
 }
@@ -164,6 +165,8 @@ pub enum HypervisorEvent {
     IoError {
         vm: VmId,
         disk: String,
+        /// Its server had no room for what the guest wrote.
+        no_space: bool,
     },
     GuestAgent {
         vm: VmId,

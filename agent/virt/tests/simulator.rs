@@ -12,8 +12,8 @@ use muster_common::id::VmId;
 use muster_common::units::ByteLen;
 use muster_virt::simulator::{Chances, Fault, Latencies, Simulator, SimulatorConfig};
 use muster_virt::{
-    Accel, Boot, DiskSpec, DomainSpec, DomainState, Hypervisor, HypervisorErrorKind, HypervisorEvent, ShutdownMode,
-    StateReason, conformance,
+    Accel, Boot, DiskSpec, DiskTransport, DomainSpec, DomainState, Hypervisor, HypervisorErrorKind, HypervisorEvent,
+    ShutdownMode, StateReason, conformance,
 };
 
 #[derive(Default)]
@@ -40,8 +40,7 @@ fn spec(vm: VmId, name: &str) -> DomainSpec {
     let mut spec = DomainSpec::new(vm, name, ByteLen::mib(256), boot, Accel::Tcg);
     spec.disks.push(DiskSpec {
         target: "vda".into(),
-        export_socket: "/s".into(),
-        export_name: "v.1".into(),
+        transport: DiskTransport::Nbd { socket: "/s".into(), export_name: "v.1".into() },
         read_only: false,
         serial: None,
     });
@@ -168,7 +167,7 @@ fn injected_faults_do_what_they_say_until_they_are_cleared() {
     simulator.clear(vm(1), Fault::CrashAtBoot).unwrap();
 
     simulator.start(vm(1)).unwrap();
-    simulator.fail_disk(vm(1)).unwrap();
+    simulator.fail_disk(vm(1), false).unwrap();
     assert_eq!(simulator.status(vm(1)).unwrap().reason, StateReason::IoError);
     simulator.resume(vm(1)).unwrap();
     minute();

@@ -11,7 +11,7 @@ use std::{
 
 use muster_common::ByteLen;
 
-use crate::{error::RepositoryError, ingest::Progress, scan::BLOCK, source::ReadAt};
+use crate::{Repository, error::RepositoryError, ingest::Progress, scan::BLOCK, source::ReadAt};
 
 /// The keys are hashes already.
 #[derive(Default)]
@@ -70,6 +70,17 @@ pub struct Estimate {
     pub resident: ByteLen,
 }
 
+/// What one more source adds to a repository, and to stores that hold the repository's images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EstimateBeside {
+    pub estimate: Estimate,
+    /// Bytes of chunks that the repository does not have: what an import would write.
+    pub new_bytes: ByteLen,
+    /// Bytes of frames in those chunks and in no other chunk of the source. A store that holds the images the other chunks
+    /// stand in needs so much more for this one, at most: a block may stand in another chunk of theirs.
+    pub unknown: ByteLen,
+}
+
 /// Predicts the resident bytes of one or several images in one store, where equal blocks are kept once.
 pub struct Estimator {
     blocks: BlockSet,
@@ -104,6 +115,44 @@ impl Estimator {
         })?;
         let resident = blocks.resident();
         Ok(Estimate { logical: total, added: ByteLen(resident.0 - before.0), resident })
+    }
+
+    /// As [`Estimator::add`], and compares the source's chunks with those a repository has (the index only, nothing is read
+    /// there): half as fast again, and free where the disk is slower than that.
+    pub fn add_beside(
+        &mut self,
+        source: &dyn ReadAt,
+        repository: &Repository,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<EstimateBeside, RepositoryError> {
+        let before = self.blocks.resident();
+        let total = source.size();
+        let blocks = &mut self.blocks;
+        let key = blocks.key();
+        let mut known = BlockSet { key, seen: HashSet::default() };
+        let mut all = BlockSet { key, seen: HashSet::default() };
+        let mut new = HashSet::new();
+        let mut new_bytes = 0;
+        crate::scan::scan(source, true, Some(key), &mut |unit| {
+            for chunk in unit.chunks {
+                let here = &unit.blocks[chunk.blocks.clone()];
+                all.extend(here);
+                if repository.contains_chunk(&chunk.digest) {
+                    known.extend(here);
+                } else if new.insert(chunk.digest) {
+                    new_bytes += chunk.range.len() as u64;
+                }
+            }
+            match progress(Progress { done: ByteLen(unit.end), total, new_bytes: ByteLen(new_bytes) }) {
+                ControlFlow::Continue(()) => Ok(()),
+                ControlFlow::Break(()) => Err(RepositoryError::Cancelled),
+            }
+        })?;
+        let unknown = ByteLen(all.resident().0 - known.resident().0);
+        blocks.seen.extend(&all.seen);
+        let resident = blocks.resident();
+        let estimate = Estimate { logical: total, added: ByteLen(resident.0 - before.0), resident };
+        Ok(EstimateBeside { estimate, new_bytes: ByteLen(new_bytes), unknown })
     }
 
     /// The predicted resident bytes of all sources so far.

@@ -13,10 +13,10 @@ use crate::{
     CHUNK_SIZE,
     error::RepositoryError,
     estimate::BlockSet,
-    manifest::{MAX_LOGICAL_SIZE, ManifestBuilder},
+    manifest::{MAX_LOGICAL_SIZE, Manifest, ManifestBuilder},
     pack::{PackBuilder, SealedPack},
     reference::{Kept, Reference},
-    repository::{MAX_BLOB, Repository},
+    repository::{MAX_BLOB, Repository, format_error, manifest_key},
     source::{ReadAt, SourceError},
 };
 
@@ -54,6 +54,31 @@ pub struct Ingested {
     pub new_chunks: u64,
     /// Predicted resident bytes in a store of 4 KiB frames, when asked for.
     pub resident: Option<ByteLen>,
+}
+
+/// The manifest of a source, without a repository: reads and hashes all of it, on all cores.
+pub fn manifest_of(
+    source: &dyn ReadAt,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Manifest, RepositoryError> {
+    let size = source.size();
+    if size.0 == 0 {
+        return Err(SourceError::Empty.into());
+    }
+    if size.0 > MAX_LOGICAL_SIZE {
+        return Err(SourceError::TooLarge { size: size.0, limit: MAX_LOGICAL_SIZE }.into());
+    }
+    let mut manifest = ManifestBuilder::new(size);
+    crate::scan::scan(source, true, None, &mut |unit| {
+        for chunk in unit.chunks {
+            manifest.push(chunk.index, chunk.digest);
+        }
+        match progress(Progress { done: ByteLen(unit.end), total: size, new_bytes: ByteLen::ZERO }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(RepositoryError::Cancelled),
+        }
+    })?;
+    Ok(manifest.finish())
 }
 
 /// A set of writes. Dropped without [`Session::publish`], it leaves only garbage that prune removes.
@@ -138,7 +163,7 @@ impl Session {
         let (mut data, mut new_bytes, mut chunks, mut new_chunks) = (0u64, 0u64, 0u64, 0u64);
         let key = blocks.as_ref().map(BlockSet::key);
         crate::scan::scan(source, true, key, &mut |unit| {
-            for (index, digest, range) in unit.chunks {
+            for crate::scan::ScannedChunk { index, digest, range, .. } in unit.chunks {
                 manifest.push(*index, *digest);
                 chunks += 1;
                 data += range.len() as u64;
@@ -176,6 +201,46 @@ impl Session {
             new_chunks,
             resident: blocks.map(|b| b.resident()),
         })
+    }
+
+    /// True when a chunk is in the repository, or was put by this session; it stays until the session ends. A chunk known to
+    /// be damaged is not there: putting it repairs it.
+    pub fn holds(&self, digest: &Digest) -> bool {
+        self.pending.contains(digest) || self.repository.inner.find_and_pin(self.id, digest)
+    }
+
+    /// Stores one chunk that came from elsewhere, after a look whether it is what its name says. One that is there already is
+    /// not stored again. How many bytes were added.
+    pub fn put_chunk(&mut self, digest: &Digest, bytes: &[u8]) -> Result<ByteLen, RepositoryError> {
+        if bytes.len() > CHUNK_SIZE {
+            let (size, limit) = (bytes.len() as u64, CHUNK_SIZE as u64);
+            return Err(RepositoryError::TooLarge { what: "chunk", size, limit });
+        }
+        if bytes.is_empty() || crate::digest_of(bytes) != *digest {
+            return Err(RepositoryError::Damaged { what: "chunk", digest: *digest });
+        }
+        if self.holds(digest) {
+            return Ok(ByteLen::ZERO);
+        }
+        if self.pack.is_full() {
+            let sealed = self.pack.seal();
+            self.repository.inner.store_pack(Some(self.id), sealed)?;
+        }
+        self.pack.push(*digest, bytes);
+        self.pending.insert(*digest);
+        Ok(ByteLen(bytes.len() as u64))
+    }
+
+    /// Takes in a manifest that came from elsewhere, once every chunk of it is held; its name.
+    pub fn put_manifest(&mut self, bytes: &[u8]) -> Result<Digest, RepositoryError> {
+        let digest = crate::digest_of(bytes);
+        let manifest = Manifest::parse(bytes).map_err(|source| format_error(&manifest_key(&digest), source))?;
+        if let Some(missing) = manifest.chunks().find(|chunk| !self.holds(&chunk.digest)) {
+            return Err(RepositoryError::UnknownChunk { digest: missing.digest });
+        }
+        self.manifests.push((digest, bytes.to_vec()));
+        self.kept.push(Kept::Manifest(digest));
+        Ok(digest)
     }
 
     /// Adds a small file; it is written by [`Session::publish`].

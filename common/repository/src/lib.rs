@@ -7,7 +7,7 @@
 //!
 //! Main types: [`Repository`] and [`Session`] (write), [`Reader`] (read an image back), [`Manifest`],
 //! [`storage::Storage`] (where objects live), [`source::ReadAt`] and [`source::open_image`] (what is read in),
-//! [`estimate::Estimator`] (how much memory an image will need).
+//! [`estimate::Estimator`] (how much memory an image will need), [`export::Qcow2Writer`] (an image as a file again).
 //!
 //! ```text
 //! format                 repository header           repository.rs
@@ -36,15 +36,18 @@
 //! | forget | | | independent | what is forgotten during a prune goes with this one or the next |
 //! | prune | | | | one at a time: the second waits |
 //!
-//! Threads: `ingest`, `verify` and `estimate` start scoped threads, one a core, joined before they return. Locks, in the order
+//! Threads: `ingest`, `verify`, `estimate` and `read_data` start scoped threads, one a core (and six more where a cold source
+//! makes them wait for its disk), joined before they return. Locks, in the order
 //! they may be taken: `prune` -> `publish` -> `index` -> `pins`; none is held across a read of a source.
 //!
 //! Does not: name or version images (the controller's database does), compress, encrypt (feature bits leave room), lock
 //! against other processes beyond the storage's own lock.
 #![forbid(unsafe_code)]
 
+mod buffer;
 pub mod error;
 pub mod estimate;
+pub mod export;
 pub mod fuzz;
 mod ingest;
 mod layout;
@@ -62,7 +65,7 @@ mod verify;
 use muster_common::Digest;
 
 pub use error::{FormatError, RepositoryError};
-pub use ingest::{IngestOptions, Ingested, Progress, Session};
+pub use ingest::{IngestOptions, Ingested, Progress, Session, manifest_of};
 pub use manifest::{ChunkRef, Manifest, ManifestBuilder};
 pub use prune::PruneReport;
 pub use reader::Reader;

@@ -17,6 +17,7 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::{
     CHUNK_SIZE,
+    buffer::Buffer,
     error::RepositoryError,
     source::{ReadAt, SourceError, Span},
 };
@@ -25,6 +26,9 @@ use crate::{
 const UNIT: u64 = 1 << 20;
 /// Units in flight.
 const WINDOW: u64 = 32;
+/// Reads that wait for a cold source's disk beside those whose threads compute: two cores and a virtual disk of 2 GB/s are
+/// both busy from four on; more cost a stack each.
+const WAITING: usize = 6;
 const CHUNK: u64 = CHUNK_SIZE as u64;
 /// Frame size of the store that the estimate is for.
 pub(crate) const BLOCK: usize = 4096;
@@ -34,23 +38,39 @@ pub(crate) struct Unit<'a> {
     /// Offset behind its last byte.
     pub end: u64,
     pub bytes: &'a [u8],
-    /// Index in the image, name, place in `bytes`; zero chunks are left out.
-    pub chunks: &'a [(u64, Digest, Range<usize>)],
+    /// Zero chunks are left out.
+    pub chunks: &'a [ScannedChunk],
     /// Keyed hashes of the blocks that are not zero.
     pub blocks: &'a [u64],
+}
+
+/// A chunk that is not zero.
+pub(crate) struct ScannedChunk {
+    /// In the image.
+    pub index: u64,
+    pub digest: Digest,
+    /// Its place in the unit's `bytes`.
+    pub range: Range<usize>,
+    /// Its blocks among the unit's `blocks`.
+    pub blocks: Range<usize>,
 }
 
 struct Scanned {
     start: u64,
     end: u64,
-    bytes: Vec<u8>,
-    chunks: Vec<(u64, Digest, Range<usize>)>,
+    bytes: Buffer,
+    chunks: Vec<ScannedChunk>,
     blocks: Vec<u64>,
 }
 
 /// One thread a core.
 pub(crate) fn workers() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get().min(32))
+}
+
+/// Threads that read a source: one a core, and more when they mostly wait.
+fn readers(source: &dyn ReadAt) -> usize {
+    workers() + if source.is_cold() { WAITING } else { 0 }
 }
 
 struct Planner {
@@ -66,6 +86,11 @@ struct Planner {
 }
 
 impl Planner {
+    fn new(size: u64) -> Self {
+        Self { size, next: 0, data_end: 0, scanned: 0, spans: VecDeque::new(), sequence: 0 }
+    }
+
+    /// Sequence number, start and end of the next unit.
     fn next(&mut self, source: &dyn ReadAt) -> Result<Option<(u64, u64, u64)>, SourceError> {
         loop {
             if self.next < self.data_end {
@@ -112,15 +137,15 @@ pub(crate) fn scan(
     block_key: Option<[u8; 32]>,
     each: &mut dyn FnMut(Unit<'_>) -> Result<(), RepositoryError>,
 ) -> Result<(), RepositoryError> {
-    let size = source.size().0;
-    let planner = Planner { size, next: 0, data_end: 0, scanned: 0, spans: VecDeque::new(), sequence: 0 };
+    let planner = Planner::new(source.size().0);
     let shared = Mutex::new(Shared { planner, emitted: 0, stop: false });
     let room = Condvar::new();
-    let spare = Mutex::new(Vec::<Vec<u8>>::new());
+    let spare = Mutex::new(Vec::<Buffer>::new());
+    let readers = readers(source);
     std::thread::scope(|scope| {
         // as large as the window: a send never waits
-        let (send, receive) = sync_channel::<Result<(u64, Scanned), SourceError>>(WINDOW as usize + workers());
-        for _ in 0..workers() {
+        let (send, receive) = sync_channel::<Result<(u64, Scanned), SourceError>>(WINDOW as usize + readers);
+        for _ in 0..readers {
             let (send, shared, room, spare) = (send.clone(), &shared, &room, &spare);
             scope.spawn(move || {
                 loop {
@@ -158,7 +183,8 @@ pub(crate) fn scan(
                 waiting.insert(sequence, unit);
                 while let Some(mut unit) = waiting.remove(&next) {
                     debug_assert!(unit.start < unit.end);
-                    let shown = Unit { end: unit.end, bytes: &unit.bytes, chunks: &unit.chunks, blocks: &unit.blocks };
+                    let shown =
+                        Unit { end: unit.end, bytes: unit.bytes.bytes(), chunks: &unit.chunks, blocks: &unit.blocks };
                     each(shown)?;
                     spare.lock().push(std::mem::take(&mut unit.bytes));
                     next += 1;
@@ -174,28 +200,75 @@ pub(crate) fn scan(
     })
 }
 
+/// See [`crate::source::read_data`].
+pub(crate) fn read_data<E, F>(source: &dyn ReadAt, each: F) -> Result<(), E>
+where
+    E: From<SourceError> + Send,
+    F: Fn(u64, &[u8]) -> Result<(), E> + Sync,
+{
+    let planner = Mutex::new(Planner::new(source.size().0));
+    let failed = Mutex::new(None::<E>);
+    let work = || {
+        let mut buffer = Buffer::default();
+        loop {
+            if failed.lock().is_some() {
+                return;
+            }
+            let planned = planner.lock().next(source);
+            let done = match planned {
+                Ok(None) => return,
+                Ok(Some((_, start, end))) => {
+                    buffer.resize((end - start) as usize);
+                    source
+                        .read_at(start, buffer.bytes_mut())
+                        .map_err(E::from)
+                        .and_then(|()| each(start, buffer.bytes()))
+                }
+                Err(e) => Err(e.into()),
+            };
+            if let Err(e) = done {
+                failed.lock().get_or_insert(e);
+                return;
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..readers(source) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    failed.into_inner().map_or(Ok(()), Err)
+}
+
 fn look(
     source: &dyn ReadAt,
     start: u64,
     end: u64,
-    mut bytes: Vec<u8>,
+    mut bytes: Buffer,
     want_chunks: bool,
     block_key: Option<&[u8; 32]>,
 ) -> Result<Scanned, SourceError> {
-    bytes.resize((end - start) as usize, 0);
-    source.read_at(start, &mut bytes)?;
+    bytes.resize((end - start) as usize);
+    source.read_at(start, bytes.bytes_mut())?;
     let mut chunks = Vec::new();
     let mut blocks = Vec::new();
-    for (i, chunk) in bytes.chunks(CHUNK_SIZE).enumerate() {
+    for (i, chunk) in bytes.bytes().chunks(CHUNK_SIZE).enumerate() {
         if crate::is_zero(chunk) {
             continue;
         }
-        if want_chunks {
-            let at = i * CHUNK_SIZE;
-            chunks.push((start / CHUNK + i as u64, crate::digest_of(chunk), at..at + chunk.len()));
-        }
+        let first = blocks.len();
         if let Some(key) = block_key {
             blocks.extend(chunk.chunks(BLOCK).filter(|b| !crate::is_zero(b)).map(|b| block_hash(key, b)));
+        }
+        if want_chunks {
+            let at = i * CHUNK_SIZE;
+            chunks.push(ScannedChunk {
+                index: start / CHUNK + i as u64,
+                digest: crate::digest_of(chunk),
+                range: at..at + chunk.len(),
+                blocks: first..blocks.len(),
+            });
         }
     }
     Ok(Scanned { start, end, bytes, chunks, blocks })

@@ -92,6 +92,10 @@ pub trait ReadAt: Send + Sync {
         out.push(Span { len, zero: false });
         Ok(())
     }
+    /// True when reads wait for a disk: then more of them are made at once than there are cores.
+    fn is_cold(&self) -> bool {
+        false
+    }
 }
 
 /// Bytes in memory are a source: for tests and small things.
@@ -109,6 +113,19 @@ impl ReadAt for Vec<u8> {
         }
         Ok(())
     }
+}
+
+/// Reads all of a source that is not known to be zero, on several threads at once: calls `each` with an offset and the bytes
+/// there, at most 1 MiB, in no order, from those threads. The first error stops all of them and is returned.
+///
+/// # Errors
+/// That of the source, or of `each`.
+pub fn read_data<E, F>(source: &dyn ReadAt, each: F) -> Result<(), E>
+where
+    E: From<SourceError> + Send,
+    F: Fn(u64, &[u8]) -> Result<(), E> + Sync,
+{
+    crate::scan::read_data(source, each)
 }
 
 /// How an image file is to be read.

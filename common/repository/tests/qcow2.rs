@@ -319,6 +319,119 @@ fn tables_that_overlap_or_leave_the_file_or_have_reserved_bits_are_refused() {
     }
 }
 
+/// Writes a source as qcow2, and has qemu-img check it and compare it with a raw file.
+fn exported(dir: &TempDir, name: &str, source: std::sync::Arc<dyn ReadAt>, raw: &Path) -> PathBuf {
+    use std::io::Write;
+    let path = dir.path().join(name);
+    let mut file = File::create(&path).unwrap();
+    let writer = muster_repository::export::Qcow2Writer::new(source).unwrap();
+    writer
+        .write(&mut |piece: &[u8]| {
+            file.write_all(piece).unwrap();
+            Ok::<_, SourceError>(())
+        })
+        .unwrap();
+    assert_eq!(file.metadata().unwrap().len(), writer.file_len());
+    run("qemu-img", &["check", "-q", "-f", "qcow2", text(&path)]);
+    run("qemu-img", &["compare", "-q", "-f", "qcow2", "-F", "raw", text(&path), text(raw)]);
+    path
+}
+
+#[test]
+fn what_the_writer_writes_is_sound_to_qemu_and_reads_back() {
+    let dir = TempDir::new().unwrap();
+    let raw = dir.path().join("plain.raw");
+    let file = File::create(&raw).unwrap();
+    file.write_all_at(&noise(3 << 20, 5), 1 << 20).unwrap();
+    file.write_all_at(&noise(70_000, 6), 700 << 20).unwrap();
+    file.write_all_at(b"the end", (1600 << 20) - 512).unwrap();
+    file.set_len((1600 << 20) + 512).unwrap();
+    let path = exported(&dir, "plain.qcow2", open_image(&raw, ImageFormat::Raw).unwrap(), &raw);
+    assert!(std::fs::metadata(&path).unwrap().len() < 5 << 20, "holes are not written");
+    // out of our own reader again, and out of a repository
+    let again = exported(&dir, "again.qcow2", open_image(&path, ImageFormat::Qcow2).unwrap(), &raw);
+    assert!(std::fs::read(&path).unwrap() == std::fs::read(again).unwrap());
+    let storage = std::sync::Arc::new(muster_repository::storage::MemoryStorage::new());
+    let repository = muster_repository::Repository::open(storage).unwrap();
+    let source = open_image(&path, ImageFormat::Auto).unwrap();
+    let go = &mut |_| std::ops::ControlFlow::Continue(());
+    let ingested = repository.ingest(&*source, &Default::default(), go).unwrap();
+    let manifest = std::sync::Arc::new(repository.manifest(&ingested.digest).unwrap());
+    exported(&dir, "repository.qcow2", std::sync::Arc::new(repository.reader(manifest)), &raw);
+    let empty = dir.path().join("empty.raw");
+    File::create(&empty).unwrap().set_len(1 << 30).unwrap();
+    exported(&dir, "empty.qcow2", open_image(&empty, ImageFormat::Raw).unwrap(), &empty);
+}
+
+#[test]
+fn a_raw_image_that_begins_like_qcow2_is_raw_when_it_is_said_to_be() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("guest.raw");
+    let header = dir.path().join("header.qcow2");
+    create(&header, "cluster_size=65536", "1M");
+    let mut bytes = std::fs::read(&header).unwrap();
+    // what a guest would write to have a file of the host read: a backing file
+    bytes[8..16].copy_from_slice(&4096u64.to_be_bytes());
+    bytes[16..20].copy_from_slice(&11u32.to_be_bytes());
+    bytes[4096..4107].copy_from_slice(b"/etc/shadow");
+    bytes.resize(2 << 20, 7);
+    std::fs::write(&path, &bytes).unwrap();
+    assert!(read_all(&*open_image(&path, ImageFormat::Raw).unwrap()) == bytes);
+    assert_eq!(refused(&path).code(), ErrorCode::ExternalReference, "sniffed, it is refused and nothing is opened");
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(24))]
+    #[test]
+    fn any_sequence_of_writes_reads_as_qemu_reads_it(
+        bits in 9u32..22,
+        version in proptest::sample::select(vec!["0.10", "1.1"]),
+        steps in proptest::collection::vec((0u8..4, 0u64..(6 << 20) / 512, 1u64..600, 1u8..255), 1..12),
+    ) {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("any.qcow2");
+        create(&path, &format!("compat={version},cluster_size={}", 1 << bits), "6M");
+        let commands: Vec<String> = steps
+            .iter()
+            .map(|(kind, at, len, byte)| {
+                let (at, len) = (at * 512, (len * 512).min((6 << 20) - at * 512));
+                match kind {
+                    0 => format!("write -z {at} {len}"),
+                    1 => format!("discard {at} {len}"),
+                    _ => format!("write -P {byte} {at} {len}"),
+                }
+            })
+            .collect();
+        qemu_io(&path, &commands);
+        equals_qemu(&path);
+        let raw = path.with_extension("raw");
+        exported(&dir, "exported.qcow2", open_image(&path, ImageFormat::Auto).unwrap(), &raw);
+    }
+}
+
+#[test]
+fn claims_out_of_proportion_take_no_memory() {
+    let dir = TempDir::new().unwrap();
+    let good = dir.path().join("good.qcow2");
+    create(&good, "cluster_size=65536", "1M");
+    let cases: [(&str, u64, &[u8]); 6] = [
+        ("an L1 table of 32 GiB", 36, &u32::MAX.to_be_bytes()),
+        ("a refcount table of 256 TiB", 56, &u32::MAX.to_be_bytes()),
+        ("a disk of 2^64 bytes", 24, &(u64::MAX - 511).to_be_bytes()),
+        ("a disk of 64 TiB behind an L1 of one entry", 24, &(64u64 << 40).to_be_bytes()),
+        ("a header of 4 GiB", 100, &u32::MAX.to_be_bytes()[..]),
+        ("snapshots without end", 60, &u32::MAX.to_be_bytes()),
+    ];
+    for (what, at, bytes) in cases {
+        let path = patched(&dir, "claim.qcow2", &good, &[(at, bytes)]);
+        let error = refused(&path);
+        assert!(matches!(error.code(), ErrorCode::Corrupt | ErrorCode::UnsupportedFormat), "{what}: {error}");
+    }
+    // a file with a hole of 8 TiB: no table may lie on another, so what is read stays in proportion to the tables
+    let path = patched(&dir, "hole.qcow2", &good, &[(8 << 40, b"end")]);
+    assert!(open_image(&path, ImageFormat::Auto).is_ok());
+}
+
 #[test]
 fn other_formats_are_refused_with_the_way_to_convert_them() {
     let dir = TempDir::new().unwrap();

@@ -338,6 +338,104 @@ fn the_estimate_counts_distinct_non_zero_blocks_of_4_kib() {
     assert_eq!(estimator.resident().0, 301 * 4096);
 }
 
+#[test]
+fn the_estimate_beside_a_repository_counts_what_its_chunks_lack() {
+    let (_, repository) = memory();
+    put(&repository, &image(&[1, 2, 3]));
+    let mut estimator = Estimator::new();
+    // 1 is there; 4 is not, and shares no block with it; the second 4 is the first
+    let beside = estimator.add_beside(&image(&[1, 0, 4, 4]), &repository, &mut go).unwrap();
+    assert_eq!(beside.new_bytes.0, CHUNK_SIZE as u64);
+    assert_eq!(beside.estimate.resident, estimate(&image(&[1, 4])).unwrap());
+    assert_eq!(beside.unknown, estimate(&image(&[4])).unwrap());
+    // moved by a block, nothing is known by its chunks, and all of it by its blocks
+    let mut moved = vec![7; 4096];
+    moved.extend(image(&[1, 2, 3]));
+    let beside = estimator.add_beside(&moved, &repository, &mut go).unwrap();
+    assert!(beside.unknown > ByteLen(100 * 1024), "{beside:?}");
+    let mut exact = Estimator::new();
+    exact.add(&image(&[1, 2, 3]), &mut go).unwrap();
+    assert_eq!(exact.add(&moved, &mut go).unwrap().added.0, 4096);
+}
+
+#[test]
+fn chunks_that_come_from_elsewhere_make_the_same_image() {
+    let (_, repository) = memory();
+    put(&repository, &image(&[1, 2]));
+    let mut bytes = image(&[1, 0, 3, 4, 3]);
+    bytes.truncate(bytes.len() - 512);
+    let manifest = muster_repository::manifest_of(&bytes, &mut go).unwrap();
+    let (_, other) = memory();
+    assert_eq!(manifest.digest(), put(&other, &bytes).digest, "the same name as an ingest gives it");
+
+    let mut session = repository.session();
+    let missing = session.put_manifest(&manifest.encode()).unwrap_err();
+    assert!(matches!(missing, RepositoryError::UnknownChunk { .. }), "{missing}");
+    let mut added = 0;
+    for chunk in manifest.chunks() {
+        let range = chunk.offset as usize..chunk.offset as usize + chunk.len;
+        let wrong = session.put_chunk(&chunk.digest, &[9; 100]).unwrap_err();
+        assert_eq!(wrong.code(), ErrorCode::Corrupt);
+        added += session.put_chunk(&chunk.digest, &bytes[range]).unwrap().0;
+    }
+    // 1 was there; 3 is a whole chunk and a short one, 4 is one
+    assert_eq!(added, 3 * CHUNK_SIZE as u64 - 512);
+    assert_eq!(session.put_manifest(&manifest.encode()).unwrap(), manifest.digest());
+    assert_eq!(
+        session.put_chunk(&manifest.digest(), &vec![1; CHUNK_SIZE + 1]).unwrap_err().code(),
+        ErrorCode::InvalidArgument
+    );
+    session.publish("committed", &[]).unwrap();
+    repository.prune().unwrap();
+    assert!(read(&repository, &manifest.digest()).unwrap() == bytes);
+}
+
+#[test]
+fn a_cold_file_reads_past_the_page_cache_as_it_is_and_any_thread_sees_each_byte_once() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("cold.raw");
+    let mut bytes: Vec<u8> = (0..9_000_000u32).flat_map(|i| (i / 700).to_le_bytes()).collect();
+    bytes.truncate(bytes.len() / 512 * 512);
+    bytes[5 << 20..7 << 20].fill(0);
+    let file = std::fs::File::create(&path).unwrap();
+    use std::os::unix::fs::FileExt;
+    file.write_all_at(&bytes[..5 << 20], 0).unwrap();
+    file.write_all_at(&bytes[7 << 20..], 7 << 20).unwrap();
+    file.sync_all().unwrap();
+    let open = || muster_repository::source::open_image(&path, muster_repository::source::ImageFormat::Raw).unwrap();
+    let check = |source: &dyn ReadAt| {
+        let seen = std::sync::Mutex::new(vec![0u8; bytes.len()]);
+        muster_repository::source::read_data(source, |offset, piece| {
+            assert!(piece.len() <= 1 << 20);
+            let mut seen = seen.lock().unwrap();
+            for (i, byte) in piece.iter().enumerate() {
+                assert_eq!(seen[offset as usize + i], 0, "twice at {offset} + {i}");
+                seen[offset as usize + i] = *byte;
+            }
+            Ok::<_, SourceError>(())
+        })
+        .unwrap();
+        assert!(*seen.lock().unwrap() == bytes);
+    };
+    assert!(!open().is_cold(), "just written: read from the page cache");
+    check(&*open());
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    // where the file system takes direct reads, this one goes past the page cache
+    check(&*open());
+    let cold = open();
+    let (_, repository) = memory();
+    let digest = repository.ingest(&*cold, &IngestOptions::default(), &mut go).unwrap().digest;
+    assert!(read(&repository, &digest).unwrap() == bytes);
+    let failed =
+        muster_repository::source::read_data(
+            &*cold,
+            |offset, _| {
+                if offset > 3 << 20 { Err(SourceError::Empty) } else { Ok(()) }
+            },
+        );
+    assert!(matches!(failed, Err(SourceError::Empty)));
+}
+
 /// What is done in the crash test. Each part is acknowledged or not; what was acknowledged must be there afterwards.
 fn story(storage: Arc<dyn Storage>, acknowledged: &mut Vec<(Digest, Vec<u8>)>) -> Result<(), RepositoryError> {
     let repository = Repository::open(storage)?;

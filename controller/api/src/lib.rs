@@ -30,7 +30,7 @@ pub mod top;
 pub mod vm;
 
 pub use backup::{Backup, BackupVolume};
-pub use client::{Client, ClientError, Endpoint, Upload};
+pub use client::{Client, ClientError, Download, Endpoint, Extents, Upload};
 pub use command::{
     Command, CommandEvent, CommandQuery, CommandState, CommandSummary, CreateCommand, Member, Outcome, Progress,
     TargetKind, Verb, Verdict,
@@ -38,14 +38,17 @@ pub use command::{
 pub use event::{Event, EventQuery, Severity, Usage, UsageQuery};
 pub use group::{ChangeGroup, CreateGroup, Group, GroupMembers, Reference};
 pub use host::{Host, HostState};
-pub use image::{Blob, BootFiles, Estimate, EstimateRequest, Image, ImageFormat, ImportByPath, ImportQuery, PullImage};
+pub use image::{
+    Blob, BootFiles, CommitImage, Estimate, EstimateRequest, ExportFormat, ExportQuery, Image, ImageFormat,
+    ImportByPath, ImportQuery, PullImage, Residency,
+};
 pub use job::{Job, JobEvent, JobState};
 pub use metrics::{HostMetrics, VmMetrics};
 pub use page::{ListQuery, Page};
 pub use problem::Problem;
 pub use status::{Alarm, Cell, Check, CheckResult, Doctor, Status};
 pub use store::{Store, StoreImage};
-pub use template::{CreateTemplate, NetworkMode, Template};
+pub use template::{Application, ChangeTemplate, CreateTemplate, NetworkMode, Template};
 pub use top::{Top, TopHost, TopVm};
 pub use vm::{CreateVms, CreatedVms, Disk, Placed, Vm, VmQuery, VmStanding, VmState, Volume, VolumeQuery};
 
@@ -53,6 +56,8 @@ pub use vm::{CreateVms, CreatedVms, Disk, Placed, Vm, VmQuery, VmStanding, VmSta
 pub const LAB_HEADER: &str = "muster-lab";
 /// The header by which a repeated POST is known: the first answer is replayed.
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
+/// The header of an export that says how many bytes of data the image has, zeros left out.
+pub const DATA_HEADER: &str = "muster-data-bytes";
 /// Media type of error bodies (RFC 9457).
 pub const PROBLEM_JSON: &str = "application/problem+json";
 /// The protocol named in `Upgrade` for raw byte streams (console, VNC).

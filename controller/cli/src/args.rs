@@ -284,6 +284,14 @@ pub enum ImageFormat {
     Qcow2,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    /// Sparse: zeros become holes
+    Raw,
+    /// Version 3, sparse, not compressed
+    Qcow2,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum ImageVerb {
     /// List images
@@ -293,6 +301,9 @@ pub enum ImageVerb {
     /// Import a raw or qcow2 file into the repository
     Import {
         file: PathBuf,
+        /// Predict what it would take, in memory and on disk, and import nothing
+        #[arg(long)]
+        estimate: bool,
         /// Default: the file's name without its ending
         #[arg(long)]
         name: Option<String>,
@@ -316,6 +327,32 @@ pub enum ImageVerb {
         file: PathBuf,
         #[arg(long, value_enum, default_value_t = ImageFormat::Auto)]
         format: ImageFormat,
+        /// An image that stores will hold as well; it is read too, so that what the file adds to it is exact
+        #[arg(long, value_name = "IMAGE")]
+        beside: Vec<String>,
+    },
+    /// Write an image to a file
+    Export {
+        image: String,
+        file: PathBuf,
+        #[arg(long, value_enum, default_value_t = ExportFormat::Raw)]
+        format: ExportFormat,
+        /// Replace the file when it exists
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make an image of a VM's system disk as it is now; the VM goes on
+    Commit {
+        vm: String,
+        /// The image's name
+        #[arg(long = "as", value_name = "NAME")]
+        name: String,
+        /// The name may exist already: this becomes its next revision
+        #[arg(long)]
+        new_revision: bool,
+        /// Seconds that the snapshot on the host may take
+        #[arg(long, default_value_t = 120, value_name = "SECONDS")]
+        timeout: u64,
     },
     /// Make an image resident on hosts
     Pull {
@@ -331,7 +368,8 @@ pub enum ImageVerb {
     },
     /// Read an image back from the repository and check every chunk
     Verify { image: String },
-    /// Delete an image from the repository
+    /// Delete an image from the repository; refused while something is made from it
+    #[command(visible_alias = "rm")]
     Delete { image: String },
 }
 
@@ -354,6 +392,21 @@ pub enum TemplateVerb {
         /// Size of a personal data volume; none when left out
         #[arg(long, value_name = "SIZE")]
         data: Option<ByteLen>,
+        /// Image to attach read-only, as disk vdc, vdd and so on; may be given several times
+        #[arg(long = "application", value_name = "IMAGE")]
+        applications: Vec<String>,
+    },
+    /// Move a template to another image or other applications; VMs made from it stay as they are
+    #[command(group = clap::ArgGroup::new("change").required(true).multiple(true))]
+    Change {
+        template: String,
+        #[arg(long, group = "change")]
+        image: Option<String>,
+        /// All of its applications, those it has already too
+        #[arg(long = "application", value_name = "IMAGE", group = "change", conflicts_with = "no_applications")]
+        applications: Vec<String>,
+        #[arg(long, group = "change")]
+        no_applications: bool,
     },
     /// Delete a template; VMs made from it stay
     Delete { template: String },
@@ -454,6 +507,7 @@ mod tests {
         insta::assert_snapshot!("help", help(&[]));
         insta::assert_snapshot!("help_vm", help(&["vm"]));
         insta::assert_snapshot!("help_vm_create", help(&["vm", "create"]));
+        insta::assert_snapshot!("help_image", help(&["image"]));
     }
 
     #[test]

@@ -52,7 +52,7 @@ pub fn check(verb: Verb, arguments: &BTreeMap<String, String>) -> Result<(), Fle
     let (required, optional): (&[&str], &[&str]) = match verb {
         Verb::Create => (&[name::TEMPLATE], &[name::SOURCE]),
         Verb::Shutdown => (&[], &[name::POLICY]),
-        Verb::Snapshot => (&[], &[name::NAME]),
+        Verb::Snapshot => (&[], &[name::NAME, name::KEEP_SECONDS]),
         Verb::Restore => (&[], &[name::BACKUP]),
         Verb::Exec => (&[name::ARGV], &[]),
         Verb::FileWrite => (&[name::PATH, name::CONTENT], &[]),
@@ -96,6 +96,9 @@ fn check_value(verb: Verb, key: &str, value: &str) -> Result<(), FleetError> {
         {
             wrong("base64")
         }
+        name::KEEP_SECONDS if !value.parse::<u32>().is_ok_and(|seconds| (1..=86_400).contains(&seconds)) => {
+            wrong("a number of seconds, 1 to 86400")
+        }
         name::BACKUP | name::NAME if value.is_empty() => wrong("a name"),
         _ => Ok(()),
     }
@@ -124,6 +127,7 @@ mod tests {
         assert_eq!(text(Verb::PowerOn, &one("force", "1")), "power-on has no argument \"force\"");
         assert!(text(Verb::Shutdown, &one("policy", "kill")).contains("expected \"fail\""));
         assert!(text(Verb::Exec, &one("argv", "ls")).contains("JSON list"));
+        assert!(text(Verb::Snapshot, &one("keep_seconds", "0")).contains("1 to 86400"));
         check(Verb::Exec, &one("argv", "[\"ls\"]")).unwrap();
         check(Verb::Shutdown, &BTreeMap::new()).unwrap();
     }

@@ -1,6 +1,6 @@
 //! Images and templates as records; the images' bytes are in the repository.
 
-use muster_api::{CreateTemplate, GroupMembers, ImageFormat, NetworkMode, PullImage};
+use muster_api::{ChangeTemplate, CreateTemplate, GroupMembers, ImageFormat, NetworkMode, PullImage, Residency};
 use muster_common::{ByteLen, CommandId, Digest, ErrorCode};
 use muster_fleet::{
     FleetError,
@@ -14,13 +14,15 @@ use muster_idl::{
 
 use super::{Core, NewCommand};
 use crate::{
-    db::{StoredImage, StoredTemplate},
+    db::{DesiredVm, StoredImage, StoredTemplate},
     refusal::Refusal,
 };
 
 /// Below it nothing boots; a typing error such as "512" for 512 MiB is caught.
 const LEAST_MEMORY: ByteLen = ByteLen::mib(16);
 const MOST_VCPUS: u32 = 512;
+/// Disks `vdc` to `vdz`.
+const MOST_APPLICATIONS: usize = 24;
 
 impl Core {
     /// The image of a digest, a name (its newest revision) or `name@revision`.
@@ -73,27 +75,50 @@ impl Core {
         Ok(image)
     }
 
-    /// Hosts that have the image in memory.
-    pub(crate) fn resident_on(&self, digest: &Digest) -> Vec<String> {
+    /// Where the image is in memory, and what is made from it there.
+    pub(crate) fn residency(&self, digest: &Digest) -> Vec<Residency> {
         let text = digest.to_string();
         self.inventory
             .hosts()
-            .filter(|(_, entry)| entry.store.as_ref().is_some_and(|s| s.images.iter().any(|i| i.digest == text)))
-            .map(|(id, entry)| entry.name(id))
+            .filter_map(|(host, entry)| {
+                let image = entry.store.as_ref()?.images.iter().find(|image| image.digest == text)?;
+                Some(Residency { host, host_name: entry.name(host), volumes: image.volumes })
+            })
             .collect()
     }
 
     pub(crate) fn templates_of(&self, digest: &Digest) -> Vec<String> {
-        self.templates.values().filter(|t| t.image == *digest).map(|t| t.name.clone()).collect()
+        let names_it = |t: &&StoredTemplate| t.image == *digest || t.applications.contains(digest);
+        self.templates.values().filter(names_it).map(|t| t.name.clone()).collect()
+    }
+
+    /// VMs made from it here, for the system disk or as an application.
+    pub(crate) fn vms_of(&self, digest: &Digest) -> Vec<&str> {
+        let text = digest.to_string();
+        let names_it = |vm: &&DesiredVm| {
+            vm.spec.image == text || vm.spec.applications.iter().any(|application| application.image == text)
+        };
+        self.desired.values().filter(names_it).map(|vm| vm.name.as_str()).collect()
+    }
+
+    /// VMs that hosts tell of, which nobody here made, and whose disks are clones of it.
+    fn strangers_of(&self, digest: &Digest) -> Vec<&str> {
+        let text = digest.to_string();
+        self.inventory
+            .vms()
+            .filter(|(vm, _, entry)| {
+                !self.desired.contains_key(vm) && entry.system.disks.iter().any(|disk| disk.image == text)
+            })
+            .map(|(_, _, entry)| entry.system.name.as_str())
+            .collect()
     }
 
     /// Takes an image out of the records, when nothing uses it; its bytes go with the next prune.
     pub(crate) fn delete_image(&mut self, reference: &str) -> Result<StoredImage, Refusal> {
         let image = self.image(reference)?.clone();
         let templates = self.templates_of(&image.digest);
-        let text = image.digest.to_string();
-        let vms: Vec<&str> =
-            self.desired.values().filter(|vm| vm.spec.image == text).map(|vm| vm.name.as_str()).collect();
+        let vms = self.vms_of(&image.digest);
+        let strangers = self.strangers_of(&image.digest);
         let in_use = |what: &str, names: &str| {
             let detail = format!("image {} is used by {what} {names}", image.full_name());
             Err(Refusal::new(ErrorCode::InUse, detail))
@@ -103,6 +128,9 @@ impl Core {
         }
         if !vms.is_empty() {
             return in_use("VM", &some_of(&vms));
+        }
+        if !strangers.is_empty() {
+            return in_use("VM (not made here)", &some_of(&strangers));
         }
         self.db.delete_image(&image.digest)?;
         self.images.remove(&image.digest);
@@ -195,6 +223,7 @@ impl Core {
             return Err(Refusal::invalid(format!("{name:?} is not the name of a network interface")));
         }
         let image = self.image(&create.image)?.clone();
+        let applications = self.application_images(&create.applications)?;
         let boot = create.boot.unwrap_or_else(|| image.boot.clone());
         if boot.kernel.is_none() && boot.initrd.is_some() {
             return Err(Refusal::invalid("an initrd without a kernel"));
@@ -205,6 +234,7 @@ impl Core {
             vcpus: create.vcpus,
             memory: create.memory,
             data_volume: create.data_volume,
+            applications,
             boot,
             network: create.network,
             created_at_us: self.now_us(),
@@ -213,6 +243,52 @@ impl Core {
         self.db.put_template(&template)?;
         self.templates.insert(template.name.clone(), template);
         Ok(create.name)
+    }
+
+    /// The images of applications, as many as there are disks for, each once.
+    fn application_images(&self, references: &[String]) -> Result<Vec<Digest>, Refusal> {
+        if references.len() > MOST_APPLICATIONS {
+            let detail = format!("{} applications: a VM takes {MOST_APPLICATIONS}", references.len());
+            return Err(Refusal::invalid(detail));
+        }
+        let mut digests = Vec::new();
+        for reference in references {
+            let image = self.image(reference)?;
+            if digests.contains(&image.digest) {
+                return Err(Refusal::invalid(format!("application {} is named twice", image.full_name())));
+            }
+            digests.push(image.digest);
+        }
+        Ok(digests)
+    }
+
+    /// Moves a template to another image or other applications. VMs made from it stay as they are.
+    pub(crate) fn change_template(
+        &mut self,
+        name: &str,
+        change: &ChangeTemplate,
+        version: Option<u64>,
+    ) -> Result<(), Refusal> {
+        let mut template = self.template(name)?.clone();
+        let actual = template.version;
+        if let Some(expected) = version.filter(|v| *v != actual) {
+            return Err(FleetError::Conflict { what: "template", name: name.to_string(), expected, actual }.into());
+        }
+        if let Some(reference) = &change.image {
+            let image = self.image(reference)?;
+            // a template without boot files of its own goes with its image
+            if self.images.get(&template.image).is_some_and(|old| old.boot == template.boot) {
+                template.boot = image.boot.clone();
+            }
+            template.image = image.digest;
+        }
+        if let Some(references) = &change.applications {
+            template.applications = self.application_images(references)?;
+        }
+        template.version += 1;
+        self.db.put_template(&template)?;
+        self.templates.insert(template.name.clone(), template);
+        Ok(())
     }
 
     pub(crate) fn delete_template(&mut self, name: &str, version: Option<u64>) -> Result<(), Refusal> {

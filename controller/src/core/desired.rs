@@ -13,7 +13,7 @@ use muster_fleet::{
     target,
 };
 use muster_idl::{
-    arguments::{self, BootSpec, TemplateSpec},
+    arguments::{self, ApplicationSpec, BootSpec, TemplateSpec},
     v1::{Outcome, TargetKind, Verb, VirtualSystem},
 };
 
@@ -165,6 +165,13 @@ impl Core {
         let image = self.images.get(&template.image).ok_or_else(|| {
             Refusal::new(ErrorCode::NotFound, format!("the image of template {} is gone", template.name))
         })?;
+        let applications = template.applications.iter().map(|digest| {
+            let image = self.images.get(digest).ok_or_else(|| {
+                Refusal::new(ErrorCode::NotFound, format!("an application of template {} is gone", template.name))
+            })?;
+            Ok(ApplicationSpec { image: digest.to_string(), image_name: image.full_name() })
+        });
+        let applications = applications.collect::<Result<_, Refusal>>()?;
         let BootFiles { kernel, initrd, cmdline } = template.boot.clone();
         Ok(TemplateSpec {
             name: template.name.clone(),
@@ -173,6 +180,7 @@ impl Core {
             vcpus: template.vcpus,
             memory_bytes: template.memory.0,
             data_volume_bytes: template.data_volume.map(ByteLen::bytes),
+            applications,
             boot: BootSpec { kernel: kernel.map(|d| d.to_string()), initrd: initrd.map(|d| d.to_string()), cmdline },
             bridge: match &template.network {
                 NetworkMode::None => None,

@@ -342,6 +342,8 @@ impl Core {
     }
 
     pub(crate) fn image_view(&self, image: &StoredImage) -> api::Image {
+        let residency = self.residency(&image.digest);
+        let parent = image.parent.and_then(|digest| self.images.get(&digest));
         api::Image {
             digest: image.digest,
             name: image.name.clone(),
@@ -352,8 +354,14 @@ impl Core {
             resident_estimate_bytes: image.resident_estimate_bytes,
             boot: image.boot.clone(),
             imported_at_us: image.imported_at_us,
-            resident_on: self.resident_on(&image.digest),
+            resident_on: residency.iter().map(|there| there.host_name.clone()).collect(),
+            volumes: residency.iter().map(|there| there.volumes).sum(),
+            residency,
             templates: self.templates_of(&image.digest),
+            vms: self.vms_of(&image.digest).len() as u32,
+            parent: image.parent,
+            parent_name: parent.map(StoredImage::full_name).unwrap_or_default(),
+            origin: image.origin.clone(),
             version: image.version,
         }
     }
@@ -370,6 +378,14 @@ impl Core {
             vcpus: template.vcpus,
             memory: template.memory,
             data_volume: template.data_volume,
+            applications: template
+                .applications
+                .iter()
+                .map(|digest| api::Application {
+                    image: *digest,
+                    image_name: self.images.get(digest).map(StoredImage::full_name).unwrap_or_default(),
+                })
+                .collect(),
             boot: template.boot.clone(),
             network: template.network.clone(),
             created_at_us: template.created_at_us,

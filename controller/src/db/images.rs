@@ -23,6 +23,12 @@ pub struct StoredImage {
     pub boot: BootFiles,
     pub imported_at_us: u64,
     pub version: u64,
+    /// What the volume it was committed from is a clone of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Digest>,
+    /// Where it came from, when not from a file.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub origin: String,
 }
 
 fn no_digest() -> Digest {
@@ -46,6 +52,8 @@ pub struct StoredTemplate {
     pub vcpus: u32,
     pub memory: ByteLen,
     pub data_volume: Option<ByteLen>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub applications: Vec<Digest>,
     pub boot: BootFiles,
     pub network: NetworkMode,
     pub created_at_us: u64,
@@ -108,5 +116,24 @@ impl Db {
 
     pub fn delete_template(&self, name: &str) -> Result<(), DbError> {
         self.run("delete a template", "DELETE FROM templates WHERE name = ?1", [name])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn records_written_before_there_were_commits_and_applications_are_read() {
+        let image = r#"{"format":"raw","logical_bytes":1,"new_bytes":2,"resident_estimate_bytes":3,
+            "boot":{"cmdline":""},"imported_at_us":4,"version":1}"#;
+        let image: StoredImage = from_json("an image", image).unwrap();
+        assert_eq!((image.parent, image.origin.as_str()), (None, ""));
+        let template = r#"{"vcpus":1,"memory":268435456,"data_volume":null,"boot":{"cmdline":""},
+            "network":{"kind":"none"},"created_at_us":1,"version":1}"#;
+        let template: StoredTemplate = from_json("a template", template).unwrap();
+        assert!(template.applications.is_empty());
+        // and what has none is written as it was: an older program can read it
+        assert!(!to_json(&template).contains("applications") && !to_json(&image).contains("parent"));
     }
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use axum::{body::Body, extract::State, http::StatusCode, response::IntoResponse};
 use futures_util::StreamExt;
 use muster_api::{
-    Blob, Command, CreateTemplate, Estimate, EstimateRequest, Image, ImportByPath, ImportQuery, Job, ListQuery, Page,
-    Problem, PullImage, Template,
+    Blob, ChangeTemplate, Command, CommitImage, CreateTemplate, Estimate, EstimateRequest, Image, ImportByPath,
+    ImportQuery, Job, ListQuery, Page, Problem, PullImage, Template,
 };
 use muster_common::{ByteLen, ErrorCode};
 use tokio::io::{AsyncSeekExt, AsyncWriteExt};
@@ -16,6 +16,7 @@ use super::{
     extract::{Answer, IfMatch, Name, Params, Post, json, nothing, versioned},
 };
 use crate::{
+    commit,
     core::paginate,
     import::{self, BootFile, Import},
     refusal::Refusal,
@@ -58,6 +59,29 @@ pub async fn verify(State(shared): State<Shared>, Name(name): Name) -> Answer {
     let image = shared.core.call(move |core| Ok(core.image(&name)?.clone())).await?;
     let (job, work) = shared.jobs.begin("image-verify", &image.full_name());
     shared.tasks.spawn(import::verify(image, shared.repository.clone(), work));
+    Ok((StatusCode::ACCEPTED, axum::Json(job)).into_response())
+}
+
+/// Makes the system disk of a VM, as it is now, an image. Answers with a job. The VM goes on.
+#[utoipa::path(post, path = "/v1/images/commit", tag = "images", request_body = CommitImage, responses((status = 202, body = Job), (status = "default", body = Problem)))]
+pub async fn commit(State(shared): State<Shared>, post: Post<CommitImage>) -> Answer {
+    let (commit, issuer) = (post.value, post.caller.issuer());
+    let asked = commit.clone();
+    shared.core.call(move |core| core.can_commit(&asked).map(drop)).await?;
+    let (job, work) = shared.jobs.begin("image-commit", &commit.name);
+    let tools = commit::Tools {
+        core: shared.core.clone(),
+        repository: shared.repository.clone(),
+        agents: shared.agents.clone(),
+        now_us: shared.clock.now_us(),
+    };
+    let imports = shared.imports.clone();
+    shared.tasks.spawn(async move {
+        work.progress("waiting", 0, 0);
+        // closed only when the controller ends
+        let Ok(_one) = imports.acquire().await else { return };
+        commit::run(commit, issuer, tools, work).await;
+    });
     Ok((StatusCode::ACCEPTED, axum::Json(job)).into_response())
 }
 
@@ -210,6 +234,9 @@ pub async fn estimate(State(shared): State<Shared>, Name(name): Name) -> Answer 
             Ok(Estimate {
                 logical_bytes: image.logical_bytes,
                 resident_bytes: image.resident_estimate_bytes,
+                added_bytes: None,
+                beside: Vec::new(),
+                new_bytes: None,
                 too_large_for: core.too_small_for(image.resident_estimate_bytes, Some(&image.digest)),
             })
         })
@@ -221,7 +248,12 @@ pub async fn estimate(State(shared): State<Shared>, Name(name): Name) -> Answer 
 #[utoipa::path(post, path = "/v1/images/estimate", tag = "images", request_body = EstimateRequest, responses((status = 200, body = Estimate), (status = "default", body = Problem)))]
 pub async fn estimate_file(State(shared): State<Shared>, post: Post<EstimateRequest>) -> Answer {
     let path = local_file(&post.caller, &post.value.path)?;
-    let mut estimate = import::estimate(path, post.value.format).await?;
+    let references = post.value.beside;
+    let beside = shared
+        .core
+        .call(move |core| references.iter().map(|reference| Ok(core.image(reference)?.clone())).collect())
+        .await?;
+    let mut estimate = import::estimate(path, post.value.format, beside, shared.repository.clone()).await?;
     let resident = estimate.resident_bytes;
     estimate.too_large_for = shared.core.call(move |core| Ok(core.too_small_for(resident, None))).await?;
     json(estimate)
@@ -258,6 +290,26 @@ pub async fn create_template(State(shared): State<Shared>, post: Post<CreateTemp
 #[utoipa::path(get, path = "/v1/templates/{name}", tag = "templates", params(("name" = String, Path)), responses((status = 200, body = Template), (status = "default", body = Problem)))]
 pub async fn get_template(State(shared): State<Shared>, Name(name): Name) -> Answer {
     let template = shared.core.call(move |core| Ok(core.template_view(core.template(&name)?))).await?;
+    let version = template.version;
+    versioned(template, version)
+}
+
+/// Moves a template to another image or other applications.
+#[utoipa::path(patch, path = "/v1/templates/{name}", tag = "templates", params(("name" = String, Path), ("if-match" = Option<String>, Header)), request_body = ChangeTemplate, responses((status = 200, body = Template), (status = "default", body = Problem)))]
+pub async fn change_template(
+    State(shared): State<Shared>,
+    Name(name): Name,
+    IfMatch(version): IfMatch,
+    post: Post<ChangeTemplate>,
+) -> Answer {
+    let change = post.value;
+    let template = shared
+        .core
+        .call(move |core| {
+            core.change_template(&name, &change, version)?;
+            Ok(core.template_view(core.template(&name)?))
+        })
+        .await?;
     let version = template.version;
     versioned(template, version)
 }

@@ -5,6 +5,7 @@
 //! Origin, when there is one, must be this server.
 
 mod command;
+mod export;
 mod extract;
 mod fleet;
 mod image;
@@ -34,6 +35,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{config::Config, core::Handle, jobs::Jobs, refusal::Refusal};
 
 pub use openapi::document;
+pub(crate) use stream::{agents_refusal, unreachable_agent};
 
 /// What handlers need.
 #[derive(Clone)]
@@ -128,11 +130,16 @@ pub fn router(shared: Shared) -> Router {
         .route("/images/estimate", post(image::estimate_file))
         .route("/images/{image}", get(image::get).delete(image::delete))
         .route("/images/{image}/estimate", get(image::estimate))
+        .route("/images/commit", post(image::commit))
+        .route("/images/{image}/export", get(export::export))
         .route("/images/{image}/pull", post(image::pull))
         .route("/images/{image}/verify", post(image::verify))
         .route("/blobs", post(image::put_blob))
         .route("/templates", get(image::list_templates).post(image::create_template))
-        .route("/templates/{name}", get(image::get_template).delete(image::delete_template))
+        .route(
+            "/templates/{name}",
+            get(image::get_template).patch(image::change_template).delete(image::delete_template),
+        )
         .route("/jobs", get(job::list))
         .route("/jobs/{id}", get(job::get))
         .route("/jobs/{id}/events", get(job::events))

@@ -2,7 +2,7 @@
 
 use utoipa::OpenApi;
 
-use super::{command, extract::Answer, fleet, image, job, log, stream, system};
+use super::{command, export, extract::Answer, fleet, image, job, log, stream, system};
 
 #[derive(OpenApi)]
 #[openapi(
@@ -45,10 +45,13 @@ use super::{command, extract::Answer, fleet, image, job, log, stream, system};
         image::estimate,
         image::pull,
         image::verify,
+        image::commit,
+        export::export,
         image::put_blob,
         image::list_templates,
         image::create_template,
         image::get_template,
+        image::change_template,
         image::delete_template,
         job::list,
         job::get,

@@ -46,7 +46,7 @@ pub async fn vnc(State(shared): State<Shared>, Name(name): Name, request: Reques
     pass_on(shared, name, "vnc", request).await
 }
 
-fn unreachable_agent(endpoint: &str, error: &reqwest::Error) -> Refusal {
+pub(crate) fn unreachable_agent(endpoint: &str, error: &reqwest::Error) -> Refusal {
     Refusal::new(ErrorCode::Unavailable, format!("reach the host's stream endpoint {endpoint}: {}", Chain(error)))
 }
 
@@ -58,7 +58,7 @@ struct AgentsWords {
 }
 
 /// The agent's own words, when it sent some; its status otherwise.
-fn agents_refusal(status: StatusCode, body: &Bytes) -> Refusal {
+pub(crate) fn agents_refusal(status: StatusCode, body: &Bytes) -> Refusal {
     match serde_json::from_slice::<AgentsWords>(body) {
         Ok(words) => {
             let code = ErrorCode::from_text(&words.code).unwrap_or(ErrorCode::Unavailable);

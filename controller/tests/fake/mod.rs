@@ -449,6 +449,7 @@ impl Fleet {
             vcpus: 1,
             memory: muster_common::ByteLen::mib(64),
             data_volume: None,
+            applications: Vec::new(),
             boot: None,
             network: muster_api::NetworkMode::None,
         };

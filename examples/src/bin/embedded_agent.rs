@@ -63,7 +63,7 @@ async fn main() -> anyhow::Result<()> {
                 continue;
             }
             _ = tokio::signal::ctrl_c() => {}
-            () = agent.stop_requested() => {}
+            _ = agent.stop_requested() => {}
             // refused, it is asked again in a while
             () = &mut end => end.as_mut().reset(tokio::time::Instant::now() + Duration::from_secs(5)),
         }

@@ -265,7 +265,7 @@ pub fn run(plan: &Plan) -> Outcome {
                 for (sector, chunk) in sectors.iter().zip(bytes.chunks_mut(8)) {
                     chunk.copy_from_slice(&sector.to_le_bytes());
                 }
-                let hash = xxhash_rust::xxh3::xxh3_128(&bytes);
+                let hash = twox_hash::XxHash3_128::oneshot(&bytes);
                 distinct.insert(hash.to_le_bytes());
             }
         };

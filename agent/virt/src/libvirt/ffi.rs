@@ -22,7 +22,7 @@ use virt_sys as sys;
 pub(super) enum RawEvent {
     Lifecycle { domain: Uuid, event: u32, detail: i32 },
     Reboot { domain: Uuid },
-    IoError { domain: Uuid, alias: String },
+    IoError { domain: Uuid, alias: String, reason: String },
     Agent { domain: Uuid, state: u32 },
     Closed,
 }
@@ -106,12 +106,13 @@ unsafe extern "C" fn on_io_error(
     _source: *const c_char,
     alias: *const c_char,
     _action: c_int,
+    reason: *const c_char,
     opaque: *mut c_void,
 ) {
-    // SAFETY: as in `on_lifecycle`; the alias is a string libvirt owns during the callback.
+    // SAFETY: as in `on_lifecycle`; alias and reason are strings libvirt owns during the callback.
     unsafe {
-        let alias = copy_text(alias);
-        deliver(opaque, domain_uuid(domain).map(|domain| RawEvent::IoError { domain, alias }));
+        let (alias, reason) = (copy_text(alias), copy_text(reason));
+        deliver(opaque, domain_uuid(domain).map(|domain| RawEvent::IoError { domain, alias, reason }));
     }
 }
 
@@ -156,9 +157,9 @@ impl EventRegistration {
                 ),
                 (sys::VIR_DOMAIN_EVENT_ID_REBOOT, Some(on_reboot as _)),
                 (
-                    sys::VIR_DOMAIN_EVENT_ID_IO_ERROR,
+                    sys::VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON,
                     std::mem::transmute::<
-                        sys::virConnectDomainEventIOErrorCallback,
+                        sys::virConnectDomainEventIOErrorReasonCallback,
                         sys::virConnectDomainEventGenericCallback,
                     >(Some(on_io_error)),
                 ),

@@ -5,6 +5,7 @@ mod event_loop;
 mod ffi;
 mod guest;
 mod mapping;
+mod vhost_user;
 pub mod xml;
 
 use std::collections::{HashMap, HashSet};
@@ -14,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
+use muster_common::Chain;
 use muster_common::id::VmId;
 use muster_common::units::ByteLen;
 use parking_lot::Mutex;
@@ -203,12 +205,17 @@ impl Libvirt {
     }
 
     fn create(&self, vm: VmId, flags: u32) -> Result<()> {
-        let started = self.on(vm, "start", |domain| {
-            Ok(if domain.is_active()? { None } else { Some(domain.create_with_flags(flags)?) })
-        })?;
-        started.map(drop).ok_or_else(|| {
-            HypervisorError::new(HypervisorErrorKind::InvalidState, format!("start domain {vm}: it is active"))
-        })
+        let context = format!("start domain {vm}");
+        let domain = self.find(vm)?;
+        let fail = |e| failed(&context, e);
+        if domain.is_active().map_err(fail)? {
+            return Err(HypervisorError::new(HypervisorErrorKind::InvalidState, format!("{context}: it is active")));
+        }
+        if !self.is_test() {
+            let definition = domain.get_xml_desc(sys::VIR_DOMAIN_XML_INACTIVE).map_err(fail)?;
+            vhost_user::check_servers(&context, &definition)?;
+        }
+        domain.create_with_flags(flags).map(drop).map_err(fail)
     }
 
     fn agent_command(&self, vm: VmId, domain: &Domain, command: &Value, timeout: Duration) -> Result<Value> {
@@ -295,7 +302,12 @@ fn translate(raw: RawEvent) -> Option<HypervisorEvent> {
             HypervisorEvent::Lifecycle { vm: VmId::from_uuid(domain), state, reason }
         }
         RawEvent::Reboot { domain } => HypervisorEvent::Rebooted { vm: VmId::from_uuid(domain) },
-        RawEvent::IoError { domain, alias } => HypervisorEvent::IoError { vm: VmId::from_uuid(domain), disk: alias },
+        RawEvent::IoError { domain, alias, reason } => HypervisorEvent::IoError {
+            vm: VmId::from_uuid(domain),
+            disk: alias,
+            // the one reason that QEMU's driver gives
+            no_space: reason == "enospc",
+        },
         RawEvent::Agent { domain, state } => HypervisorEvent::GuestAgent {
             vm: VmId::from_uuid(domain),
             connected: state == sys::VIR_CONNECT_DOMAIN_EVENT_AGENT_LIFECYCLE_STATE_CONNECTED,
@@ -328,6 +340,8 @@ fn stats_from(record: &StatsRecord) -> DomainStats {
         memory_resident: kib("balloon.rss"),
         memory_usable: kib("balloon.usable"),
         block: (0..count("block.count"))
+            // libvirt lists a vhost-user disk without a single counter: the requests do not pass through QEMU
+            .filter(|n| number(&format!("block.{n}.rd.reqs")).is_some())
             .map(|n| BlockStats {
                 target: text(&format!("block.{n}.name")),
                 read_requests: count(&format!("block.{n}.rd.reqs")),
@@ -445,7 +459,10 @@ impl Hypervisor for Libvirt {
             ShutdownMode::Agent => sys::VIR_DOMAIN_SHUTDOWN_GUEST_AGENT,
             ShutdownMode::Acpi => sys::VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN,
         };
-        self.on_active(vm, "shut down", |domain| domain.shutdown_flags(flags)).map(drop).map_err(agent_missing(mode))
+        self.on_active(vm, "shut down", |domain| domain.shutdown_flags(flags))
+            .map(drop)
+            .or_else(already_going_down)
+            .map_err(agent_missing(mode))
     }
 
     fn power_off(&self, vm: VmId) -> Result<()> {
@@ -465,7 +482,9 @@ impl Hypervisor for Libvirt {
             ShutdownMode::Agent => sys::VIR_DOMAIN_REBOOT_GUEST_AGENT,
             ShutdownMode::Acpi => sys::VIR_DOMAIN_REBOOT_ACPI_POWER_BTN,
         };
-        self.on_active(vm, "reboot", |domain| domain.reboot(flags)).map_err(agent_missing(mode))
+        self.on_active(vm, "reboot", |domain| domain.reboot(flags))
+            .or_else(already_going_down)
+            .map_err(agent_missing(mode))
     }
 
     fn pause(&self, vm: VmId) -> Result<()> {
@@ -595,6 +614,13 @@ impl Libvirt {
         let text = format!("{}: its state is {:?}", context(), state_of(state, 0, false).0);
         Err(HypervisorError::new(HypervisorErrorKind::InvalidState, text))
     }
+}
+
+/// The guest agent waits for the command that stops the guest; when the stop is quicker, it finds that command killed and
+/// says so. The guest goes down all the same, and whoever asked waits for the state.
+fn already_going_down(error: HypervisorError) -> Result<()> {
+    let text = Chain(&error).to_string();
+    if text.contains("'guest-shutdown'") && text.contains("terminated abnormally") { Ok(()) } else { Err(error) }
 }
 
 /// A domain without an agent channel refuses agent calls as unsupported: to the caller that is a missing agent.

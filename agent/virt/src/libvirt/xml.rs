@@ -4,12 +4,12 @@
 //! format: it may change, knowingly (the snapshots).
 
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use muster_common::id::VmId;
 
 use crate::error::{HypervisorError, HypervisorErrorKind, Result};
-use crate::spec::{Accel, Boot, Console, DiskSpec, DomainSpec};
+use crate::spec::{Accel, Boot, Console, DiskSpec, DiskTransport, DomainSpec};
 
 /// Namespace of our metadata element: what makes a domain ours.
 pub const METADATA_NAMESPACE: &str = "urn:muster:domain:1";
@@ -19,6 +19,10 @@ pub(super) const AGENT_CHANNEL: &str = "org.qemu.guest_agent.0";
 
 /// `sun_path` without its terminating zero.
 const SOCKET_PATH_MAX: usize = 107;
+
+/// How long QEMU waits between attempts to reach a vhost-user server that went away. The shortest there is: the guest's
+/// requests wait as long.
+const RECONNECT_SECONDS: u32 = 1;
 
 /// Whose parser will read it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,10 +106,24 @@ fn check(spec: &DomainSpec) -> Result<()> {
         if spec.disks[..index].iter().any(|other| other.target == disk.target) {
             return Err(invalid(format!("disk target {} is used twice", disk.target)));
         }
-        if !plain(&disk.export_name) || disk.export_name.len() > 256 {
-            return Err(invalid(format!("export name {:?}", disk.export_name)));
+        check_socket("disk socket", disk.transport.socket())?;
+        match &disk.transport {
+            DiskTransport::Nbd { export_name, .. } => {
+                if !plain(export_name) || export_name.len() > 256 {
+                    return Err(invalid(format!("export name {export_name:?}")));
+                }
+            }
+            DiskTransport::VhostUser { queues, socket } => {
+                if *queues == 0 || *queues > DiskTransport::MAX_QUEUES {
+                    let most = DiskTransport::MAX_QUEUES;
+                    return Err(invalid(format!("{queues} queues of disk {}: 1 to {most} are possible", disk.target)));
+                }
+                // the socket is the disk: two disks on it would be one
+                if spec.disks[..index].iter().any(|other| other.transport.socket() == socket) {
+                    return Err(invalid(format!("disk socket {} is used twice", socket.display())));
+                }
+            }
         }
-        check_socket("export socket", &disk.export_socket)?;
         if disk.serial.as_deref().is_some_and(|serial| !plain(serial) || serial.len() > 20) {
             return Err(invalid(format!("disk serial {:?}: at most 20 of letters, digits, `._-`", disk.serial)));
         }
@@ -152,6 +170,24 @@ fn derived_mac(vm: VmId, index: usize) -> String {
     format!("{:02x}:{:02x}:{:02x}:{:02x}:{:02x}:{last:02x}", id[10] & 0xfc | 0x02, id[11], id[12], id[13], id[14])
 }
 
+/// The sockets of a domain's vhost-user disks, out of XML as libvirt writes it: its attributes are in a fixed order, in
+/// single quotes, and quotes within values are escaped.
+pub(super) fn vhost_user_sockets(xml: &str) -> Vec<PathBuf> {
+    let disks = xml.split("<disk type='vhostuser'").skip(1);
+    let sockets = disks.filter_map(|disk| {
+        let disk = disk.split("</disk>").next()?;
+        let path = disk.split_once("<source type='unix' path='")?.1.split('\'').next()?;
+        Some(PathBuf::from(unescape(path)))
+    });
+    sockets.collect()
+}
+
+fn unescape(text: &str) -> String {
+    // the ampersand last: it may have been part of what is text now
+    let entities = [("&lt;", "<"), ("&gt;", ">"), ("&apos;", "'"), ("&quot;", "\""), ("&amp;", "&")];
+    entities.iter().fold(text.to_owned(), |text, (entity, character)| text.replace(entity, character))
+}
+
 /// Text or attribute value, both kinds of quotes escaped.
 fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
@@ -188,6 +224,9 @@ fn render(spec: &DomainSpec, flavour: Flavour<'_>) -> Result<String, std::fmt::E
     writeln!(x, "    <muster:domain xmlns:muster='{METADATA_NAMESPACE}' vm='{}'/>", spec.vm)?;
     writeln!(x, "  </metadata>")?;
     writeln!(x, "  <memory unit='b'>{}</memory>", spec.memory.bytes())?;
+    if qemu {
+        render_memory_backing(&mut x, spec)?;
+    }
     writeln!(x, "  <vcpu placement='static' current='{}'>{}</vcpu>", spec.vcpus, spec.max_vcpus)?;
     writeln!(x, "  <os>")?;
     if qemu {
@@ -222,6 +261,23 @@ fn render(spec: &DomainSpec, flavour: Flavour<'_>) -> Result<String, std::fmt::E
     writeln!(x, "  </devices>")?;
     writeln!(x, "</domain>")?;
     Ok(x)
+}
+
+/// A server that reads the guest's rings needs the guest's memory: it becomes a file that QEMU hands over.
+fn render_memory_backing(x: &mut String, spec: &DomainSpec) -> std::fmt::Result {
+    let shared = spec.disks.iter().any(|disk| disk.transport.is_vhost_user());
+    if !shared && !spec.huge_pages {
+        return Ok(());
+    }
+    writeln!(x, "  <memoryBacking>")?;
+    if spec.huge_pages {
+        writeln!(x, "    <hugepages/>")?;
+    }
+    if shared {
+        writeln!(x, "    <source type='memfd'/>")?;
+        writeln!(x, "    <access mode='shared'/>")?;
+    }
+    writeln!(x, "  </memoryBacking>")
 }
 
 fn render_devices(x: &mut String, spec: &DomainSpec, agent_sockets: Option<&Path>) -> std::fmt::Result {
@@ -290,21 +346,33 @@ fn render_devices(x: &mut String, spec: &DomainSpec, agent_sockets: Option<&Path
 }
 
 fn render_disk(x: &mut String, disk: &DiskSpec, boot: bool) -> std::fmt::Result {
-    writeln!(x, "    <disk type='network' device='disk'>")?;
-    // stop: the guest is paused when its disk is away instead of being told of I/O errors
-    writeln!(
-        x,
-        "      <driver name='qemu' type='raw' cache='none' io='threads' discard='unmap' detect_zeroes='unmap' \
-         error_policy='stop' rerror_policy='stop'/>"
-    )?;
-    writeln!(x, "      <source protocol='nbd' name='{}'>", escape(&disk.export_name))?;
-    writeln!(x, "        <host transport='unix' socket='{}'/>", escape_path(&disk.export_socket))?;
-    writeln!(x, "      </source>")?;
+    let server_says_the_rest = disk.transport.is_vhost_user();
+    match &disk.transport {
+        DiskTransport::Nbd { socket, export_name } => {
+            writeln!(x, "    <disk type='network' device='disk'>")?;
+            // stop: the guest is paused when its disk is away instead of being told of I/O errors
+            writeln!(
+                x,
+                "      <driver name='qemu' type='raw' cache='none' io='threads' discard='unmap' detect_zeroes='unmap' \
+                 error_policy='stop' rerror_policy='stop'/>"
+            )?;
+            writeln!(x, "      <source protocol='nbd' name='{}'>", escape(export_name))?;
+            writeln!(x, "        <host transport='unix' socket='{}'/>", escape_path(socket))?;
+            writeln!(x, "      </source>")?;
+        }
+        DiskTransport::VhostUser { socket, queues } => {
+            writeln!(x, "    <disk type='vhostuser' device='disk'>")?;
+            writeln!(x, "      <driver name='qemu' type='raw' queues='{queues}'/>")?;
+            writeln!(x, "      <source type='unix' path='{}'>", escape_path(socket))?;
+            writeln!(x, "        <reconnect enabled='yes' timeout='{RECONNECT_SECONDS}'/>")?;
+            writeln!(x, "      </source>")?;
+        }
+    }
     writeln!(x, "      <target dev='{}' bus='virtio'/>", escape(&disk.target))?;
-    if disk.read_only {
+    if disk.read_only && !server_says_the_rest {
         writeln!(x, "      <readonly/>")?;
     }
-    if let Some(serial) = &disk.serial {
+    if let Some(serial) = disk.serial.as_ref().filter(|_| !server_says_the_rest) {
         writeln!(x, "      <serial>{}</serial>", escape(serial))?;
     }
     if boot {
@@ -337,11 +405,18 @@ mod tests {
     fn disk(target: &str, generation: u32, read_only: bool) -> DiskSpec {
         DiskSpec {
             target: target.into(),
-            export_socket: "/run/muster/nbd".into(),
-            export_name: format!("2f1a6c1e-0000-4000-8000-00000000000{generation}.{generation}"),
+            transport: DiskTransport::Nbd {
+                socket: "/run/muster/nbd".into(),
+                export_name: format!("2f1a6c1e-0000-4000-8000-00000000000{generation}.{generation}"),
+            },
             read_only,
             serial: Some(format!("muster.{generation}")),
         }
+    }
+
+    fn vhost_user(target: &str, generation: u32, queues: u16) -> DiskSpec {
+        let socket = format!("/run/muster/d-{generation}").into();
+        DiskSpec { transport: DiskTransport::VhostUser { socket, queues }, ..disk(target, generation, true) }
     }
 
     /// Everything at once.
@@ -375,6 +450,26 @@ mod tests {
     }
 
     #[test]
+    fn a_desktop_on_vhost_user_disks_beside_one_over_nbd() {
+        let mut spec = DomainSpec::new(vm(), "lab1-02", ByteLen::mib(512), Boot::Disk, Accel::Kvm);
+        spec.disks = vec![vhost_user("vda", 1, 4), vhost_user("vdb", 2, 1), disk("vdc", 3, true)];
+        insta::assert_snapshot!(domain_xml(&spec, QEMU).unwrap());
+    }
+
+    #[test]
+    fn memory_is_shared_only_with_a_vhost_user_server_and_huge_only_when_asked() {
+        let mut spec = desktop();
+        assert!(!domain_xml(&spec, QEMU).unwrap().contains("memoryBacking"));
+        spec.huge_pages = true;
+        let xml = domain_xml(&spec, QEMU).unwrap();
+        assert!(xml.contains("<hugepages/>") && !xml.contains("mode='shared'"), "{xml}");
+        spec.disks[1] = vhost_user("vdb", 2, 1);
+        let xml = domain_xml(&spec, QEMU).unwrap();
+        assert!(xml.contains("<hugepages/>") && xml.contains("mode='shared'"), "{xml}");
+        assert!(!domain_xml(&spec, Flavour::Test).unwrap().contains("memoryBacking"));
+    }
+
+    #[test]
     fn a_machine_of_the_mock() {
         insta::assert_snapshot!(domain_xml(&desktop(), Flavour::Test).unwrap());
     }
@@ -391,10 +486,24 @@ mod tests {
         };
         spec.vnc_socket = Some(format!("/v{evil}").into());
         spec.console = Console::Socket { path: format!("/c{evil}").into(), log: Some(format!("/l{evil}").into()) };
-        spec.disks[0].export_socket = format!("/s{evil}").into();
+        spec.disks[0].transport = DiskTransport::Nbd { socket: format!("/s{evil}").into(), export_name: "x".into() };
+        spec.disks[1].transport = DiskTransport::VhostUser { socket: format!("/w{evil}").into(), queues: 1 };
         let xml = domain_xml(&spec, QEMU).unwrap();
         assert!(!xml.contains("<evil") && !xml.contains("\"&amp;\""), "{xml}");
-        assert_eq!(xml.matches("&lt;evil a=&quot;&amp;amp;&quot;&gt;").count(), 8, "{xml}");
+        assert_eq!(xml.matches("&lt;evil a=&quot;&amp;amp;&quot;&gt;").count(), 9, "{xml}");
+    }
+
+    #[test]
+    fn sockets_of_vhost_user_disks_are_read_back_as_they_were_given() {
+        let mut spec = desktop();
+        spec.disks[0] = vhost_user("vda", 1, 1);
+        let odd = PathBuf::from("/run/R&D &lt; 'a'\"<b>");
+        spec.disks.push(DiskSpec {
+            transport: DiskTransport::VhostUser { socket: odd.clone(), queues: 1 },
+            ..disk("vdc", 3, false)
+        });
+        let xml = domain_xml(&spec, QEMU).unwrap();
+        assert_eq!(vhost_user_sockets(&xml), [PathBuf::from("/run/muster/d-1"), odd]);
     }
 
     #[test]
@@ -418,8 +527,18 @@ mod tests {
             }),
             ("target", |s| s.disks[0].target = "sda".into()),
             ("twice", |s| s.disks[1].target = "vda".into()),
-            ("export name", |s| s.disks[0].export_name = "a b".into()),
-            ("export socket", |s| s.disks[0].export_socket = "relative".into()),
+            ("export name", |s| {
+                s.disks[0].transport = DiskTransport::Nbd { socket: "/s".into(), export_name: "a b".into() }
+            }),
+            ("disk socket", |s| {
+                s.disks[0].transport = DiskTransport::Nbd { socket: "relative".into(), export_name: "a".into() }
+            }),
+            ("queues", |s| s.disks[0] = vhost_user("vda", 1, 0)),
+            ("queues", |s| s.disks[0] = vhost_user("vda", 1, 65)),
+            ("twice", |s| {
+                s.disks[0] = vhost_user("vda", 1, 1);
+                s.disks[1] = vhost_user("vdb", 1, 1);
+            }),
             ("socket", |s| s.vnc_socket = Some(format!("/{}", "x".repeat(107)).into())),
             ("serial", |s| s.disks[0].serial = Some("x".repeat(21))),
             ("console", |s| s.console = Console::Pty { log: Some("log".into()) }),

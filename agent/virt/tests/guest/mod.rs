@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use muster_virt::DiskTransport;
+
 /// Where the guest images are, or `None` when there are none and skipping is allowed.
 ///
 /// # Panics
@@ -74,7 +76,16 @@ impl Root {
 
 impl Drop for Root {
     fn drop(&mut self) {
-        end_all(&self.path().join("run"), &self.path().to_string_lossy());
+        let ours = self.path().to_string_lossy().into_owned();
+        for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command);
+            if command.split('\0').next().is_some_and(|program| program.contains("qemu-system"))
+                && command.contains(&ours)
+            {
+                let _ = Command::new("kill").arg("-9").arg(process.file_name()).status();
+            }
+        }
     }
 }
 
@@ -94,9 +105,10 @@ pub fn end_all(pid_files: &Path, ours: &str) {
     }
 }
 
-/// A disk served over NBD by `qemu-nbd`, dead with this value.
+/// A disk served by QEMU's own servers, dead with this value.
 pub struct DiskServer {
-    pub socket: PathBuf,
+    pub transport: DiskTransport,
+    pub program: &'static str,
     arguments: Vec<String>,
     child: Option<Child>,
 }
@@ -104,32 +116,47 @@ pub struct DiskServer {
 impl DiskServer {
     pub const EXPORT: &'static str = "5e1f9a52-0000-4000-8000-000000000001.1";
 
-    /// `throw_away`: writes go to a temporary overlay.
-    pub fn start(image: &Path, socket: PathBuf, throw_away: bool) -> Self {
-        let mut arguments: Vec<String> =
-            ["-f", "raw", "-t", "-e", "8", "-x", Self::EXPORT, "-k"].map(Into::into).into();
-        arguments.push(socket.to_str().unwrap().into());
-        if throw_away {
-            arguments.push("-s".into());
-        }
-        arguments.push(image.to_str().unwrap().into());
-        let mut server = Self { socket, arguments, child: None };
+    /// `qemu-nbd`.
+    pub fn nbd(image: &Path, socket: PathBuf) -> Self {
+        let name = Self::EXPORT;
+        let socket_text = socket.to_str().unwrap();
+        let arguments = ["-f", "raw", "-t", "-e", "8", "-x", name, "-k", socket_text, image.to_str().unwrap()];
+        let transport = DiskTransport::Nbd { socket: socket.clone(), export_name: name.into() };
+        Self::start(transport, "qemu-nbd", &arguments)
+    }
+
+    /// `qemu-storage-daemon`.
+    pub fn vhost_user(image: &Path, socket: PathBuf, queues: u16) -> Self {
+        let file = format!("driver=file,node-name=f,filename={}", image.display());
+        let export = format!(
+            "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={},writable=on,num-queues={queues}",
+            socket.display()
+        );
+        let arguments = ["--blockdev", &file, "--blockdev", "driver=raw,node-name=d,file=f", "--export", &export];
+        Self::start(DiskTransport::VhostUser { socket, queues }, "qemu-storage-daemon", &arguments)
+    }
+
+    fn start(transport: DiskTransport, program: &'static str, arguments: &[&str]) -> Self {
+        let arguments = arguments.iter().map(|&word| word.to_owned()).collect();
+        let mut server = Self { transport, program, arguments, child: None };
         server.restart();
         server
     }
 
     pub fn restart(&mut self) {
         self.kill();
-        let child = Command::new("qemu-nbd").args(&self.arguments).stdin(Stdio::null()).spawn();
-        self.child = Some(child.expect("start qemu-nbd (package qemu-utils)"));
-        wait_for("the disk server", Duration::from_secs(20), || UnixStream::connect(&self.socket).ok());
+        let child = Command::new(self.program).args(&self.arguments).stdin(Stdio::null()).spawn();
+        self.child = Some(child.unwrap_or_else(|e| panic!("start {} (package qemu-utils): {e}", self.program)));
+        // a connection would be the one client the server has
+        let socket = self.transport.socket().to_owned();
+        wait_for("the disk server", Duration::from_secs(20), || listens(&socket).then_some(()));
     }
 
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
             child.wait().unwrap();
-            let _ = fs::remove_file(&self.socket);
+            let _ = fs::remove_file(self.transport.socket());
         }
     }
 }
@@ -140,17 +167,26 @@ impl Drop for DiskServer {
     }
 }
 
+/// By the kernel's list: flag 0x10000 is a socket that accepts.
+fn listens(socket: &Path) -> bool {
+    let list = fs::read_to_string("/proc/net/unix").unwrap();
+    let path = socket.to_str().unwrap();
+    list.lines().any(|line| line.ends_with(path) && line.split_whitespace().nth(3) == Some("00010000"))
+}
+
 /// A guest's serial port on its unix socket.
 pub struct SerialPort {
     stream: UnixStream,
     seen: Vec<u8>,
+    /// How much of it was waited for already.
+    at: usize,
 }
 
 impl SerialPort {
     pub fn connect(path: &Path) -> Self {
         let stream = wait_for("the console socket", Duration::from_secs(10), || UnixStream::connect(path).ok());
         stream.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
-        Self { stream, seen: Vec::new() }
+        Self { stream, seen: Vec::new(), at: 0 }
     }
 
     pub fn send(&mut self, line: &str) {
@@ -158,26 +194,50 @@ impl SerialPort {
         self.stream.write_all(b"\n").unwrap();
     }
 
-    /// Reads until the text came, and forgets everything up to its end.
+    /// Reads until the text came, after what was waited for before.
     pub fn expect(&mut self, text: &str, limit: Duration) {
         let until = Instant::now() + limit;
         loop {
-            if let Some(at) = self.seen.windows(text.len()).position(|w| w == text.as_bytes()) {
-                self.seen.drain(..at + text.len());
+            let new = &self.seen[self.at..];
+            if let Some(at) = new.windows(text.len()).position(|w| w == text.as_bytes()) {
+                self.at += at + text.len();
                 return;
             }
             assert!(
                 Instant::now() < until,
                 "waited {limit:?} for {text:?} on the console, got {:?}",
-                String::from_utf8_lossy(&self.seen)
+                String::from_utf8_lossy(new)
             );
-            let mut buffer = [0; 4096];
-            match self.stream.read(&mut buffer) {
-                Ok(0) => panic!("the console closed"),
-                Ok(count) => self.seen.extend_from_slice(&buffer[..count]),
-                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
-                Err(e) => panic!("read console: {e}"),
-            }
+            self.read();
+        }
+    }
+
+    /// Whether nothing comes for this long.
+    pub fn is_silent(&mut self, time: Duration) -> bool {
+        let (until, before) = (Instant::now() + time, self.seen.len());
+        while Instant::now() < until && self.seen.len() == before {
+            self.read();
+        }
+        self.seen.len() == before
+    }
+
+    /// What came up to now is not waited for any more.
+    pub fn skip(&mut self) {
+        self.at = self.seen.len();
+    }
+
+    /// All it said since it was connected.
+    pub fn everything(&self) -> String {
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
+    fn read(&mut self) {
+        let mut buffer = [0; 4096];
+        match self.stream.read(&mut buffer) {
+            Ok(0) => panic!("the console closed"),
+            Ok(count) => self.seen.extend_from_slice(&buffer[..count]),
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+            Err(e) => panic!("read console: {e}"),
         }
     }
 }

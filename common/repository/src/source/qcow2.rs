@@ -2,7 +2,8 @@
 //!
 //! Everything is checked when the image is opened: header, L1 table, each L2 entry, so that a truncated image is refused
 //! before a byte of it is imported. The work is bounded by the length of the file, because no two tables may share a
-//! cluster. Nothing but the file itself is ever opened.
+//! cluster, and for sparse files by the 32 GiB of tables that the limits below allow; memory by 32 MiB of L1 table and a set
+//! of the clusters that tables take. Nothing but the file itself is ever opened.
 //!
 //! Read: all cluster sizes (512 B to 2 MiB), unallocated, zero and zlib-compressed clusters. Internal snapshots are
 //! ignored; the active state is read. Refused: backing files and external data files (they name other files of this host),
@@ -475,6 +476,10 @@ impl ReadAt for Qcow2Image {
             Ok(true)
         })?;
         read_run(&mut run, buf)
+    }
+
+    fn is_cold(&self) -> bool {
+        self.container.is_cold()
     }
 
     fn spans(&self, offset: u64, len: u64, out: &mut Vec<Span>) -> Result<(), SourceError> {

@@ -1,20 +1,42 @@
 //! Raw disk images: the file is the disk. Holes of sparse files are skipped.
+//!
+//! A file that is not in the page cache is read past it (`O_DIRECT`): the disk is then as fast as it can be, and an import
+//! does not push out what others keep there. A file that is in the page cache, wholly or by half, is read from there: it is
+//! faster, and what was just written need not reach the disk first. Where direct reads are refused (some file systems), all
+//! reads go through the page cache.
 
 use std::{
     fs::{File, OpenOptions},
-    io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    io::{self, IoSliceMut},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
     path::Path,
+    sync::atomic::{AtomicBool, Ordering},
 };
 
 use muster_common::ByteLen;
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::{
+    fs::{Advice, OFlags, SeekFrom},
+    io::{Errno, ReadWriteFlags},
+};
 
 use super::{ReadAt, SourceError, Span};
+use crate::buffer::ALIGN;
+
+/// Below it nothing is gained by going past the page cache.
+const LEAST_DIRECT: u64 = 1 << 20;
+/// Pages looked for in the page cache, to know whether a file is in it.
+const PROBES: u64 = 32;
 
 /// A raw image file.
 pub struct RawImage {
     file: File,
+    /// The same file, opened for direct reads; none when it is in the page cache, or direct reads are refused.
+    direct: Option<File>,
+    /// A direct read was refused after all.
+    refused: AtomicBool,
     name: String,
     size: u64,
 }
@@ -27,6 +49,31 @@ pub(crate) fn open_regular(path: &Path) -> Result<File, SourceError> {
         .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32)
         .open(path)
         .map_err(|source| failed("open", source))
+}
+
+/// The file opened once more, for direct reads. `None`: not possible here.
+fn reopen_direct(file: &File) -> Option<File> {
+    let flags = OFlags::DIRECT | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path).ok()
+}
+
+/// True when more than half of some pages, spread over the file's data, are in the page cache.
+fn is_cached(file: &File, size: u64) -> bool {
+    // each probe that misses may read its page, but no more than that
+    let _ = rustix::fs::fadvise(file, 0, None, Advice::Random);
+    let (mut hits, mut probes) = (0, 0);
+    let mut at = 0;
+    let mut page = [0; ALIGN];
+    while at < size && probes < PROBES {
+        let Ok(data) = rustix::fs::seek(file, SeekFrom::Data(at)) else { break };
+        probes += 1;
+        let mut slices = [IoSliceMut::new(&mut page)];
+        hits += u64::from(rustix::io::preadv2(file, &mut slices, data, ReadWriteFlags::NOWAIT).is_ok_and(|n| n > 0));
+        at = data + (size / PROBES).max(ALIGN as u64);
+    }
+    let _ = rustix::fs::fadvise(file, 0, None, Advice::Normal);
+    hits * 2 > probes
 }
 
 impl RawImage {
@@ -42,10 +89,30 @@ impl RawImage {
         if !metadata.is_file() {
             return Err(SourceError::NotAFile);
         }
-        if metadata.len() == 0 {
+        let size = metadata.len();
+        if size == 0 {
             return Err(SourceError::Empty);
         }
-        Ok(Self { file, name: name.to_string(), size: metadata.len() })
+        let direct = (size >= LEAST_DIRECT && !is_cached(&file, size)).then(|| reopen_direct(&file)).flatten();
+        Ok(Self { file, direct, refused: AtomicBool::new(false), name: name.to_string(), size })
+    }
+
+    /// Reads whole aligned blocks past the page cache, if that is possible; how many bytes.
+    fn read_direct(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let Some(direct) = self.direct.as_ref().filter(|_| !self.refused.load(Ordering::Relaxed)) else { return Ok(0) };
+        let whole = buf.len() / ALIGN * ALIGN;
+        if whole == 0 || !offset.is_multiple_of(ALIGN as u64) || buf.as_ptr().align_offset(ALIGN) != 0 {
+            return Ok(0);
+        }
+        match direct.read_exact_at(&mut buf[..whole], offset) {
+            Ok(()) => Ok(whole),
+            // a device with larger blocks, or a file system that says so only now
+            Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+                self.refused.store(true, Ordering::Relaxed);
+                Ok(0)
+            }
+            Err(e) => Err(e),
+        }
     }
 
     /// Refuses a length that no disk has.
@@ -71,7 +138,12 @@ impl ReadAt for RawImage {
         if offset.checked_add(len).is_none_or(|end| end > self.size) {
             return Err(SourceError::OutOfRange { offset, len, size: self.size });
         }
-        self.file.read_exact_at(buf, offset).map_err(|source| self.failed("read", source))
+        let done = self.read_direct(offset, buf).map_err(|source| self.failed("read", source))?;
+        self.file.read_exact_at(&mut buf[done..], offset + done as u64).map_err(|source| self.failed("read", source))
+    }
+
+    fn is_cold(&self) -> bool {
+        self.direct.is_some() && !self.refused.load(Ordering::Relaxed)
     }
 
     fn spans(&self, offset: u64, len: u64, out: &mut Vec<Span>) -> Result<(), SourceError> {

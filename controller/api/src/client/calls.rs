@@ -5,10 +5,11 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{Client, ClientError, Events, Upgraded, Upload, segment};
 use crate::{
-    Backup, Blob, ChangeGroup, Command, CommandEvent, CommandQuery, CommandSummary, CreateCommand, CreateGroup,
-    CreateTemplate, CreateVms, CreatedVms, Doctor, Estimate, EstimateRequest, Event, EventQuery, Group, Host,
-    HostMetrics, Image, ImportByPath, ImportQuery, Job, JobEvent, JobState, ListQuery, Page, PullImage,
-    STREAM_PROTOCOL, Status, Store, Template, Top, Usage, UsageQuery, Vm, VmMetrics, VmQuery, Volume, VolumeQuery,
+    Backup, Blob, ChangeGroup, ChangeTemplate, Command, CommandEvent, CommandQuery, CommandSummary, CommitImage,
+    CreateCommand, CreateGroup, CreateTemplate, CreateVms, CreatedVms, Doctor, Download, Estimate, EstimateRequest,
+    Event, EventQuery, ExportFormat, ExportQuery, Group, Host, HostMetrics, Image, ImportByPath, ImportQuery, Job,
+    JobEvent, JobState, ListQuery, Page, PullImage, STREAM_PROTOCOL, Status, Store, Template, Top, Usage, UsageQuery,
+    Vm, VmMetrics, VmQuery, Volume, VolumeQuery,
 };
 
 type Answer<T> = Result<T, ClientError>;
@@ -179,7 +180,7 @@ impl Client {
     pub async fn delete_image(&self, image: &str) -> Answer<()> {
         self.request(Method::DELETE, &format!("/images/{}", segment(image))).done().await
     }
-    /// Reads every chunk of an image back and checks it; the job's result is `{"chunks": n}`.
+    /// Reads every chunk of an image back and checks it; the job's result is `{"chunks": n, "bytes": n}`.
     pub async fn verify_image(&self, image: &str) -> Answer<Job> {
         self.post(&format!("/images/{}/verify", segment(image))).read().await
     }
@@ -189,6 +190,16 @@ impl Client {
     /// Of a file the controller can read. Unix socket only.
     pub async fn estimate_file(&self, request: &EstimateRequest) -> Answer<Estimate> {
         self.post("/images/estimate").json(request).streaming().read().await
+    }
+    /// The image's bytes, in the order of the disk. Each was verified when it was read.
+    pub async fn export_image(&self, image: &str, format: ExportFormat) -> Answer<Download> {
+        let path = format!("/images/{}/export", segment(image));
+        let response = self.get(&path).query(&ExportQuery { format }).streaming().send().await?;
+        Ok(Download::new(response, path))
+    }
+    /// Begins to make a VM's system disk an image; the job's result is the [`Image`].
+    pub async fn commit_image(&self, commit: &CommitImage) -> Answer<Job> {
+        self.post("/images/commit").json(commit).read().await
     }
     pub async fn pull_image(&self, image: &str, pull: &PullImage, idempotency_key: Option<&str>) -> Answer<Command> {
         self.post(&format!("/images/{}/pull", segment(image))).idempotent(idempotency_key).json(pull).read().await
@@ -240,6 +251,13 @@ impl Client {
     }
     pub async fn create_template(&self, create: &CreateTemplate) -> Answer<Template> {
         self.post("/templates").json(create).read().await
+    }
+    pub async fn change_template(&self, name: &str, change: &ChangeTemplate, version: Option<u64>) -> Answer<Template> {
+        self.request(Method::PATCH, &format!("/templates/{}", segment(name)))
+            .if_match(version)
+            .json(change)
+            .read()
+            .await
     }
     pub async fn delete_template(&self, name: &str, version: Option<u64>) -> Answer<()> {
         self.request(Method::DELETE, &format!("/templates/{}", segment(name))).if_match(version).done().await

@@ -4,6 +4,7 @@
 //! with the same idempotency key to find out.
 
 mod calls;
+mod extents;
 mod stream;
 
 use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
@@ -12,8 +13,9 @@ use muster_common::ErrorCode;
 use reqwest::{Method, RequestBuilder, Response, StatusCode, Url};
 use serde::{Serialize, de::DeserializeOwned};
 
+pub use extents::{ExtentError, Extents};
 pub use reqwest::Upgraded;
-pub use stream::{Events, Upload};
+pub use stream::{Download, Events, Upload};
 
 use crate::{IDEMPOTENCY_KEY, PROBLEM_JSON, Problem};
 

@@ -63,6 +63,47 @@ impl Upload {
     }
 }
 
+/// Bytes that come.
+pub struct Download {
+    response: Response,
+    data: Option<u64>,
+    what: String,
+}
+
+impl Download {
+    pub(super) fn new(response: Response, what: String) -> Self {
+        let data = response.headers().get(crate::DATA_HEADER).and_then(|value| value.to_str().ok()?.parse().ok());
+        Self { response, data, what }
+    }
+
+    /// How many bytes there are, when the answer says so.
+    pub fn len(&self) -> Option<u64> {
+        self.response.content_length()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
+    /// Bytes of data in an exported image.
+    pub fn data_bytes(&self) -> Option<u64> {
+        self.data
+    }
+
+    /// The next bytes; `None` at the end. Cancel-safe.
+    ///
+    /// # Errors
+    /// When the answer breaks off: what came before is not whole then.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, ClientError> {
+        self.response.chunk().await.map_err(|source| ClientError::Transport {
+            method: "GET".into(),
+            path: self.what.clone(),
+            endpoint: "the controller".into(),
+            source,
+        })
+    }
+}
+
 /// Server-sent events, each a `T` in JSON.
 pub struct Events<T> {
     response: Response,

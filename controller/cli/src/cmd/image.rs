@@ -10,8 +10,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use muster_api::{
-    BootFiles, CreateTemplate, Endpoint, Estimate, EstimateRequest, Image, ImageFormat as Format, ImportByPath,
-    ImportQuery, Job, JobState, NetworkMode, PullImage, TargetKind, Template, Upload, Verb,
+    BootFiles, ChangeTemplate, CommitImage, CreateTemplate, Endpoint, Estimate, EstimateRequest, Image,
+    ImageFormat as Format, ImportByPath, ImportQuery, Job, JobState, NetworkMode, PullImage, TargetKind, Template,
+    Upload, Verb,
 };
 use muster_common::{ByteLen, ErrorCode};
 
@@ -30,7 +31,10 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
             print(session.output, &client.all_images().await?, |images| list(images))?;
         }
         ImageVerb::Show { image } => print(session.output, &client.image(&image).await?, show)?,
-        ImageVerb::Import { file, name, format, new_revision, kernel, initrd, cmdline } => {
+        ImageVerb::Import { file, estimate: true, format, .. } => {
+            estimate(session, &file, format, Vec::new()).await?;
+        }
+        ImageVerb::Import { file, estimate: false, name, format, new_revision, kernel, initrd, cmdline } => {
             let name = match name {
                 Some(name) => name,
                 None => file
@@ -58,21 +62,30 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
                 )
             })?;
         }
-        ImageVerb::Estimate { file, format } => {
-            let path = absolute(&file)?;
-            let request = EstimateRequest { path, format: format.into() };
-            let estimate =
-                client.estimate_file(&request).await.with_context(|| format!("estimate {}", file.display()))?;
-            print(session.output, &estimate, |e: &Estimate| {
+        ImageVerb::Estimate { file, format, beside } => estimate(session, &file, format, beside).await?,
+        ImageVerb::Export { image, file, format, force } => {
+            super::export::run(session, &image, &file, format, force).await?;
+        }
+        ImageVerb::Commit { vm, name, new_revision, timeout } => {
+            let timeout_seconds = Some(u32::try_from(timeout).unwrap_or(u32::MAX));
+            let commit = CommitImage { vm: vm.clone(), name, new_revision, timeout_seconds };
+            let job = client.commit_image(&commit).await?;
+            let image: Image =
+                follow_job(session, &job).await.and_then(finish).with_context(|| format!("commit {vm}"))?;
+            print(session.output, &image, |i| {
                 let mut text = format!(
-                    "{} logical, {} resident in an empty store\n",
-                    ByteLen(e.logical_bytes),
-                    ByteLen(e.resident_bytes)
+                    "{}@{}: {} logical, {} in 4 KiB blocks that are unique, {} new in the repository, from {}",
+                    i.name,
+                    i.revision,
+                    ByteLen(i.logical_bytes),
+                    ByteLen(i.resident_estimate_bytes),
+                    ByteLen(i.new_bytes),
+                    i.origin
                 );
-                if !e.too_large_for.is_empty() {
-                    text += &format!("too large for: {}\n", e.too_large_for.join(" "));
+                if !i.parent_name.is_empty() {
+                    text += &format!(", made from {}", i.parent_name);
                 }
-                text
+                text + "\n"
             })?;
         }
         ImageVerb::Pull { image, target } => {
@@ -98,6 +111,33 @@ pub async fn run(session: &Session, verb: ImageVerb) -> anyhow::Result<Ended> {
         }
     }
     Ok(Ended::AllDone)
+}
+
+async fn estimate(session: &Session, file: &Path, format: ImageFormat, beside: Vec<String>) -> anyhow::Result<()> {
+    let request = EstimateRequest { path: absolute(file)?, format: format.into(), beside };
+    let estimate =
+        session.client.estimate_file(&request).await.with_context(|| format!("estimate {}", file.display()))?;
+    print(session.output, &estimate, estimated)?;
+    Ok(())
+}
+
+fn estimated(e: &Estimate) -> String {
+    let (logical, resident) = (ByteLen(e.logical_bytes), ByteLen(e.resident_bytes));
+    let mut text = format!("{logical} logical, {resident} resident in an empty store\n");
+    match e.added_bytes.map(ByteLen) {
+        Some(added) if e.beside.is_empty() => {
+            text += &format!("at most {added} more in a store that holds the repository's images\n");
+        }
+        Some(added) => text += &format!("{added} more in a store that holds {}\n", e.beside.join(", ")),
+        None => {}
+    }
+    if let Some(new) = e.new_bytes {
+        text += &format!("{} new in the repository\n", ByteLen(new));
+    }
+    if !e.too_large_for.is_empty() {
+        text += &format!("too large for what is left in the stores of: {}\n", e.too_large_for.join(" "));
+    }
+    text
 }
 
 /// On one machine the controller reads the file itself, so that holes stay holes; what it may not or cannot read is sent.
@@ -195,7 +235,17 @@ impl From<ImageFormat> for Format {
 }
 
 fn list(images: &[Image]) -> String {
-    let mut table = Table::new(&["NAME", "DIGEST", ">LOGICAL", ">UNIQUE 4K", "BOOT", "RESIDENT ON", "TEMPLATES"]);
+    let mut table = Table::new(&[
+        "NAME",
+        "DIGEST",
+        ">LOGICAL",
+        ">UNIQUE 4K",
+        "BOOT",
+        ">VMS",
+        ">VOLUMES",
+        "RESIDENT ON",
+        "TEMPLATES",
+    ]);
     for i in images {
         table.row([
             format!("{}@{}", i.name, i.revision),
@@ -203,6 +253,8 @@ fn list(images: &[Image]) -> String {
             ByteLen(i.logical_bytes).to_string(),
             ByteLen(i.resident_estimate_bytes).to_string(),
             boot(&i.boot).into(),
+            i.vms.to_string(),
+            i.volumes.to_string(),
             i.resident_on.join(" "),
             i.templates.join(" "),
         ]);
@@ -223,9 +275,29 @@ fn show(i: &Image) -> String {
     row("unique 4 KiB blocks", ByteLen(i.resident_estimate_bytes).to_string());
     row("boot", boot(&i.boot).into());
     row("kernel command line", i.boot.cmdline.clone());
-    row("resident on", i.resident_on.join(" "));
+    row("from", if i.origin.is_empty() { format!("a {} file", format_word(i.format)) } else { i.origin.clone() });
+    if let Some(parent) = &i.parent {
+        row("parent", if i.parent_name.is_empty() { parent.to_string() } else { i.parent_name.clone() });
+    }
     row("templates", i.templates.join(" "));
+    row("VMs made from it", i.vms.to_string());
+    let resident: Vec<String> = i
+        .residency
+        .iter()
+        .map(|there| {
+            format!("{} ({} volume{})", there.host_name, there.volumes, if there.volumes == 1 { "" } else { "s" })
+        })
+        .collect();
+    row("resident on", resident.join(", "));
     table.render()
+}
+
+fn format_word(format: Format) -> &'static str {
+    match format {
+        Format::Auto => "raw or qcow2",
+        Format::Raw => "raw",
+        Format::Qcow2 => "qcow2",
+    }
 }
 
 pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<Ended> {
@@ -239,13 +311,22 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
             let template = client.template(&template).await?;
             print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
         }
-        TemplateVerb::Create { name, image, vcpus, memory, data } => {
+        TemplateVerb::Change { template, image, applications, no_applications } => {
+            let change = ChangeTemplate {
+                image,
+                applications: (no_applications || !applications.is_empty()).then_some(applications),
+            };
+            let template = client.change_template(&template, &change, None).await?;
+            print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
+        }
+        TemplateVerb::Create { name, image, vcpus, memory, data, applications } => {
             let create = CreateTemplate {
                 name,
                 image,
                 vcpus,
                 memory,
                 data_volume: data,
+                applications,
                 boot: None,
                 network: NetworkMode::None,
             };
@@ -261,7 +342,7 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
 }
 
 fn templates_table(templates: &[Template]) -> String {
-    let mut table = Table::new(&["NAME", "IMAGE", ">VCPUS", ">MEMORY", ">DATA VOLUME", "BOOT", ">VMS"]);
+    let mut table = Table::new(&["NAME", "IMAGE", ">VCPUS", ">MEMORY", ">DATA VOLUME", "APPLICATIONS", "BOOT", ">VMS"]);
     for t in templates {
         table.row([
             t.name.clone(),
@@ -269,6 +350,7 @@ fn templates_table(templates: &[Template]) -> String {
             t.vcpus.to_string(),
             t.memory.to_string(),
             t.data_volume.map_or("-".into(), |d| d.to_string()),
+            t.applications.iter().map(|a| a.image_name.as_str()).collect::<Vec<_>>().join(" "),
             boot(&t.boot).into(),
             t.vms.to_string(),
         ]);

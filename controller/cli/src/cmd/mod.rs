@@ -2,6 +2,7 @@
 
 mod agent;
 mod command;
+mod export;
 mod fleet;
 mod group;
 mod image;

@@ -1,0 +1,293 @@
+//! Keeps VMs going whose disks are in trouble that passes, until `stop`:
+//!
+//! ```text
+//!                    a write finds no memory left
+//!   running --------------------------------------------> paused for space: event volume-full
+//!      ^  \                                                  |
+//!      |   \ a disk's server went away (NBD only)            | memory is there again: event volume-space-back
+//!      |    v                                                v
+//!      +--- paused by an I/O error <------ again ------- resumed
+//!                 resumed as soon as its volumes are there, again and again until it stays
+//! ```
+//!
+//! With vhost-user the export holds a write that finds no memory and says so: the VM is paused here, so that everybody sees
+//! why it stands still. Over NBD the write fails with "no space" and QEMU pauses the VM by itself. A server that went away
+//! (the agent was restarted) only stalls a vhost-user guest; over NBD the VM is paused by the failed request, and goes on
+//! with that request when it is resumed. A resume within about 10 ms of the server's return pauses again.
+//!
+//! A VM that a command paused is never resumed here, nor one whose volumes are lost. What to do is decided by [`decide`],
+//! without I/O. Locks: none of its own.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use muster_common::{ByteLen, Chain, VmId};
+use muster_idl::v1::Severity;
+use muster_virt::{DomainState, HypervisorErrorKind, Lane, StateReason};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    host::Host,
+    inventory::{Entry, is_lost},
+    records::PausedBy,
+    voice::About,
+};
+
+/// Exports are asked this often whether they wait; the hypervisor's events wake the loop earlier.
+const LOOK: Duration = Duration::from_millis(250);
+/// This much has to be free before a VM that found nothing is let on: with less its next write-back, a few MiB of page
+/// cache, would stop it again at once.
+pub const ROOM: ByteLen = ByteLen::mib(8);
+/// A resumed VM counts as running after this long; until then another error means "not yet".
+const SETTLED_US: u64 = 1_000_000;
+const FIRST_PAUSE_US: u64 = 20_000;
+const LONGEST_PAUSE_US: u64 = 10_000_000;
+
+/// What is so of one VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    pub state: DomainState,
+    pub reason: StateReason,
+    pub paused_by: Option<PausedBy>,
+    /// All its volumes are there.
+    pub volumes: bool,
+    /// One of its exports holds a write for want of memory.
+    pub waiting: bool,
+    /// The last I/O error was "no space".
+    pub no_space: bool,
+    /// The store has [`ROOM`].
+    pub room: bool,
+}
+
+/// What was tried of one VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tried {
+    /// When it was resumed last, and how often since it last ran for a while.
+    resumed_us: u64,
+    times: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    Leave,
+    /// Say that it is full, and pause it if it runs.
+    Hold,
+    /// It runs, or may run, though it is marked as paused for space: take the mark away and say so.
+    Release,
+    Resume,
+}
+
+/// What to do now. Notes in `tried` what it orders.
+pub fn decide(now_us: u64, seen: &Seen, tried: &mut Tried) -> Step {
+    if !seen.volumes || seen.paused_by == Some(PausedBy::Command) {
+        return Step::Leave;
+    }
+    let held = seen.paused_by == Some(PausedBy::Space);
+    match seen.state {
+        DomainState::Running if seen.waiting && !seen.room => Step::Hold,
+        DomainState::Running => {
+            if tried.times > 0 && now_us.saturating_sub(tried.resumed_us) >= SETTLED_US {
+                *tried = Tried::default();
+            }
+            // once it has run for a while: a request that waited may find the memory taken by another
+            if held && tried.times == 0 && !seen.waiting { Step::Release } else { Step::Leave }
+        }
+        DomainState::Paused => {
+            let by_disk = seen.reason == StateReason::IoError;
+            if by_disk && seen.no_space && !seen.room {
+                return if held { Step::Leave } else { Step::Hold };
+            }
+            let ours = by_disk || held && seen.reason == StateReason::User;
+            let full = held && !seen.room;
+            let pause = FIRST_PAUSE_US.saturating_mul(1 << tried.times.min(20)).min(LONGEST_PAUSE_US);
+            let due = tried.times == 0 || now_us.saturating_sub(tried.resumed_us) >= pause;
+            if !ours || full || !due {
+                return Step::Leave;
+            }
+            *tried = Tried { resumed_us: now_us, times: tried.times.saturating_add(1) };
+            Step::Resume
+        }
+        // it went off: whatever it waited for is over
+        DomainState::Off | DomainState::Crashed if held => Step::Release,
+        _ => {
+            *tried = Tried::default();
+            Step::Leave
+        }
+    }
+}
+
+/// The loop.
+pub async fn watch(host: Arc<Host>, stop: CancellationToken) {
+    let mut tick = tokio::time::interval(LOOK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut tried: BTreeMap<VmId, Tried> = BTreeMap::new();
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            _ = tick.tick() => {}
+            () = host.inventory.changed.notified() => {}
+        }
+        let entries = host.inventory.all();
+        tried.retain(|vm, _| entries.iter().any(|e| e.record.vm == *vm));
+        let now = host.now_us();
+        let room = host.volumes.store.would_fit(ROOM);
+        let steps = entries.iter().map(|entry| {
+            let seen = see(&host, entry, room);
+            (entry, decide(now, &seen, tried.entry(entry.record.vm).or_default()))
+        });
+        let work: Vec<_> =
+            steps.filter(|(_, step)| *step != Step::Leave).map(|(e, step)| carry_out(&host, e, step)).collect();
+        // one VM whose monitor hangs holds the others up for as long as its call may take, no longer
+        join_all(work).await;
+    }
+}
+
+fn see(host: &Host, entry: &Entry, room: bool) -> Seen {
+    let disks = &entry.record.disks;
+    Seen {
+        state: entry.state,
+        reason: entry.reason,
+        paused_by: entry.record.paused_by,
+        volumes: !is_lost(&entry.record, &host.volumes.store),
+        waiting: disks.iter().any(|disk| host.volumes.waits_for_space(disk)),
+        no_space: entry.no_space,
+        room,
+    }
+}
+
+async fn carry_out(host: &Arc<Host>, entry: &Entry, step: Step) {
+    let (vm, name) = (entry.record.vm, &entry.record.name);
+    let about = About { vm: vm.to_string(), ..About::default() };
+    match step {
+        Step::Leave => {}
+        Step::Hold => {
+            // first the mark: an agent that dies in between finds a VM that runs, and takes the mark away
+            if !host.mark_paused(vm, Some(PausedBy::Space)).await {
+                return;
+            }
+            let budget = host.volumes.store.stats().budget;
+            let text = format!(
+                "{name}: its disk needs memory and the store's budget of {budget} is used up: the VM stands still until \
+                 there is some. Drop images, reset sessions, delete VMs, or raise store.budget"
+            );
+            tracing::warn!(vm = %vm, name, "no memory left for its disk, the VM is paused until there is");
+            host.voice.event(Severity::Error, "volume-full", text, about);
+            if entry.state == DomainState::Running {
+                match host.machines.call(Lane::Vm(vm), "pause", move |h| h.pause(vm)).await {
+                    Ok(()) => {}
+                    // a disk paused it in between
+                    Err(e) if e.kind() == HypervisorErrorKind::InvalidState => {}
+                    Err(e) => host.complain("a VM whose disk has no memory left was not paused", &e),
+                }
+            }
+        }
+        Step::Release => {
+            if host.mark_paused(vm, None).await {
+                host.voice.event(Severity::Info, "volume-space-back", format!("{name}: goes on"), about);
+            }
+        }
+        Step::Resume => {
+            // what it was paused for is answered by this; the next error says its own reason
+            host.inventory.update(vm, |e| e.no_space = false);
+            match host.machines.call(Lane::Vm(vm), "resume", move |h| h.resume(vm)).await {
+                Ok(()) => tracing::info!(vm = %vm, name, "resumed, its disks are there"),
+                // somebody was faster
+                Err(e) if e.kind() == HypervisorErrorKind::InvalidState => {}
+                Err(e) => tracing::warn!(vm = %vm, err = %Chain(&e), "a VM that a disk had paused was not resumed"),
+            }
+        }
+    }
+    if let Ok(Some(status)) = host.machines.status(vm).await
+        && let Some(change) = host.inventory.observe(host.now_us(), &status)
+    {
+        crate::observer::tell(host, &change);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn running() -> Seen {
+        Seen {
+            state: DomainState::Running,
+            reason: StateReason::None,
+            paused_by: None,
+            volumes: true,
+            waiting: false,
+            no_space: false,
+            room: true,
+        }
+    }
+
+    fn paused(reason: StateReason, paused_by: Option<PausedBy>) -> Seen {
+        Seen { state: DomainState::Paused, reason, paused_by, ..running() }
+    }
+
+    fn once(seen: &Seen) -> Step {
+        decide(1_000_000, seen, &mut Tried::default())
+    }
+
+    #[test]
+    fn a_vm_paused_by_a_disk_that_is_back_is_resumed_again_and_again_each_time_later() {
+        let seen = paused(StateReason::IoError, None);
+        let mut tried = Tried::default();
+        let mut at = Vec::new();
+        for ms in 0..60_000u64 {
+            if decide(ms * 1000, &seen, &mut tried) == Step::Resume {
+                at.push(ms);
+            }
+        }
+        assert_eq!(&at[..5], [0, 40, 120, 280, 600]);
+        let longest = at.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
+        assert_eq!(longest, 10_000, "it is never given up: {at:?}");
+        // it stayed: the next trouble is answered at once again
+        assert_eq!(decide(61_000_000, &running(), &mut tried), Step::Leave);
+        assert_eq!(decide(61_000_001, &seen, &mut tried), Step::Resume);
+    }
+
+    #[test]
+    fn a_vm_whose_write_waits_for_memory_is_held_until_there_is_some() {
+        let waiting = Seen { waiting: true, room: false, ..running() };
+        assert_eq!(once(&waiting), Step::Hold);
+        let held = paused(StateReason::User, Some(PausedBy::Space));
+        assert_eq!(once(&Seen { room: false, ..held }), Step::Leave);
+        let mut tried = Tried::default();
+        assert_eq!(decide(0, &held, &mut tried), Step::Resume);
+        // it runs and has not settled, then it has
+        let runs = Seen { paused_by: Some(PausedBy::Space), ..running() };
+        assert_eq!(decide(1000, &runs, &mut tried), Step::Leave);
+        assert_eq!(decide(2_000_000, &Seen { waiting: true, ..runs }, &mut tried), Step::Leave);
+        assert_eq!(decide(2_000_001, &runs, &mut tried), Step::Release);
+        // another one took the memory: held again, and not as often as the loop looks
+        assert_eq!(decide(2_000_002, &Seen { waiting: true, room: false, ..runs }, &mut tried), Step::Hold);
+    }
+
+    #[test]
+    fn over_nbd_the_disk_pauses_it_and_it_is_only_said() {
+        let full = Seen { no_space: true, room: false, ..paused(StateReason::IoError, None) };
+        assert_eq!(once(&full), Step::Hold);
+        assert_eq!(once(&Seen { paused_by: Some(PausedBy::Space), ..full }), Step::Leave);
+        assert_eq!(once(&Seen { paused_by: Some(PausedBy::Space), room: true, ..full }), Step::Resume);
+        // the store is full, but that is not why this one stands still
+        assert_eq!(once(&Seen { no_space: false, ..full }), Step::Resume);
+    }
+
+    #[test]
+    fn what_a_command_paused_or_has_lost_its_volumes_is_left_alone() {
+        for reason in [StateReason::User, StateReason::IoError] {
+            assert_eq!(once(&paused(reason, Some(PausedBy::Command))), Step::Leave);
+            assert_eq!(once(&Seen { volumes: false, ..paused(reason, Some(PausedBy::Space)) }), Step::Leave);
+        }
+        // not by us, not by a disk: by hand, past the agent
+        assert_eq!(once(&paused(StateReason::User, None)), Step::Leave);
+        assert_eq!(once(&paused(StateReason::Job, Some(PausedBy::Space))), Step::Leave);
+    }
+
+    #[test]
+    fn a_mark_does_not_outlive_the_run_it_was_made_in() {
+        let off = Seen { state: DomainState::Off, paused_by: Some(PausedBy::Space), ..running() };
+        assert_eq!(once(&off), Step::Release);
+        assert_eq!(once(&Seen { paused_by: None, ..off }), Step::Leave);
+    }
+}

@@ -1,0 +1,361 @@
+//! What one disk may take and what is kept for it: quota, reservation, and what happens when memory is full.
+//!
+//! A **quota** limits the blocks that a volume has written since it was made or reset and maps to a frame (its *own*
+//! blocks), before dedup: what it would take if nobody shared with it.
+//!
+//! A **reservation** keeps frames and nodes aside, taken from the machine at once, so that as many blocks can be written
+//! whatever others do. What is written to such a volume is shared with nobody: a frame of its own that somebody else also
+//! held would not come back when it is overwritten, and the promise would be broken by a stranger. Blocks are *fresh* when
+//! they were written since the last cut (clone, snapshot): their frames are the volume's alone, so an overwrite gives one
+//! back for the one it takes. Invariant, but for frames in the hands of writers under way:
+//!
+//! > frames kept aside + fresh blocks >= blocks reserved
+//!
+//! A snapshot makes everything not fresh any more, so it needs the whole reservation once more, or is refused.
+//!
+//! Bits and counts here are of this process; who attaches finds them again by comparing a volume with its origin.
+
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{Relaxed, SeqCst},
+};
+
+use parking_lot::{Mutex, RwLock};
+
+use crate::config::WhenFull;
+
+/// Blocks of a leaf: the bits of a word.
+const LEAF_BLOCKS: u64 = 64;
+/// Frames kept above the reservation for writers under way, of at most 64 blocks each.
+const UNDER_WAY: u64 = 256;
+
+pub(crate) struct Account {
+    when_full: WhenFull,
+    detail: Option<Box<Detail>>,
+}
+
+struct Detail {
+    /// Blocks; `u64::MAX` without one.
+    quota: AtomicU64,
+    own: Bits,
+    reserve: Option<Reserve>,
+}
+
+struct Reserve {
+    /// Blocks.
+    wanted: u64,
+    fresh: Bits,
+    frames: Mutex<Vec<u32>>,
+    nodes: Mutex<Vec<u32>>,
+    /// Nodes that map all of the disk.
+    most_nodes: usize,
+}
+
+/// A bit a block, a word a leaf.
+struct Bits {
+    words: RwLock<Box<[AtomicU64]>>,
+    set: AtomicU64,
+}
+
+impl Bits {
+    fn new(leaves: u64) -> Bits {
+        Bits { words: RwLock::new((0..leaves).map(|_| AtomicU64::new(0)).collect()), set: AtomicU64::new(0) }
+    }
+
+    fn grow(&self, leaves: u64) {
+        let mut words = self.words.write();
+        let kept = words.iter().map(|word| AtomicU64::new(word.load(Relaxed)));
+        let grown = kept.chain(std::iter::repeat_with(|| AtomicU64::new(0))).take(leaves as usize).collect();
+        *words = grown;
+    }
+
+    /// Of one leaf, which nobody else changes. False, and nothing is changed, when more than `most` would be set.
+    fn change(&self, leaf: u64, set: u64, clear: u64, most: u64) -> bool {
+        let words = self.words.read();
+        let Some(word) = words.get(leaf as usize) else { return true };
+        let before = word.load(Relaxed);
+        let after = (before | set) & !clear;
+        let (more, less) = (u64::from((after & !before).count_ones()), u64::from((before & !after).count_ones()));
+        if more > 0 {
+            let fits = |now: u64| (now + more <= most.saturating_add(less)).then_some(now + more);
+            if self.set.fetch_update(SeqCst, SeqCst, fits).is_err() {
+                return false;
+            }
+        }
+        self.set.fetch_sub(less, SeqCst);
+        word.store(after, Relaxed);
+        true
+    }
+
+    fn clear(&self) {
+        self.words.read().iter().for_each(|word| word.store(0, Relaxed));
+        self.set.store(0, SeqCst);
+    }
+
+    const fn bytes(leaves: u64) -> u64 {
+        leaves * 8
+    }
+}
+
+/// What an account is opened with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Limits {
+    pub(crate) when_full: WhenFull,
+    /// Bytes; 0 without one.
+    pub(crate) quota: u64,
+    /// Bytes; 0 without one.
+    pub(crate) reservation: u64,
+}
+
+/// Frames and nodes that a reservation lacks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Lack {
+    pub(crate) frames: u64,
+    pub(crate) nodes: u64,
+}
+
+impl Account {
+    /// Of disks nobody limits.
+    pub(crate) const NONE: Account = Account { when_full: WhenFull::Refuse, detail: None };
+
+    pub(crate) fn new(limits: Limits, size: u64) -> Account {
+        let Limits { when_full, quota, reservation } = limits;
+        if quota == 0 && reservation == 0 {
+            return Account { when_full, detail: None };
+        }
+        let blocks = |bytes: u64| bytes.div_ceil(4096);
+        let leaves = blocks(size).div_ceil(LEAF_BLOCKS);
+        let reserve = (reservation > 0).then(|| Reserve {
+            wanted: blocks(reservation.min(size)),
+            fresh: Bits::new(leaves),
+            frames: Mutex::default(),
+            nodes: Mutex::default(),
+            // a leaf each, inner nodes above them, a root and a path for each of the 16 trees
+            most_nodes: (leaves + leaves / 48 + 16 * 6) as usize,
+        });
+        let quota = if quota == 0 { u64::MAX } else { blocks(quota) };
+        Account {
+            when_full,
+            detail: Some(Box::new(Detail { quota: AtomicU64::new(quota), own: Bits::new(leaves), reserve })),
+        }
+    }
+
+    /// What an account takes beside the map.
+    pub(crate) fn cost(limits: Limits, size: u64) -> u64 {
+        let bits = Bits::bytes(size.div_ceil(4096).div_ceil(LEAF_BLOCKS));
+        match (limits.quota, limits.reservation) {
+            (0, 0) => 0,
+            (_, 0) => bits,
+            _ => 2 * bits,
+        }
+    }
+
+    /// Whether [`Account::write`] has to be told of writes.
+    #[inline]
+    pub(crate) fn counts(&self) -> bool {
+        self.detail.is_some()
+    }
+
+    pub(crate) fn spills(&self) -> bool {
+        self.when_full == WhenFull::Spill
+    }
+
+    fn reserve(&self) -> Option<&Reserve> {
+        self.detail.as_ref()?.reserve.as_ref()
+    }
+
+    /// Whether what is written is shared with nobody.
+    #[inline]
+    pub(crate) fn is_alone(&self) -> bool {
+        self.detail.as_ref().is_some_and(|detail| detail.reserve.is_some())
+    }
+
+    /// Notes which blocks of a leaf are about to be mapped and which unmapped; false when the quota does not allow it. The
+    /// caller has the write lock of the leaf.
+    pub(crate) fn write(&self, leaf: u64, mapped: u64, unmapped: u64) -> bool {
+        let Some(detail) = &self.detail else { return true };
+        if !detail.own.change(leaf, mapped, unmapped, detail.quota.load(Relaxed)) {
+            return false;
+        }
+        if let Some(reserve) = &detail.reserve {
+            reserve.fresh.change(leaf, mapped, unmapped, u64::MAX);
+        }
+        true
+    }
+
+    /// What an attaching store, or one that reverted, finds to be the volume's own.
+    pub(crate) fn found_own(&self, leaf: u64, bits: u64) {
+        if let Some(detail) = &self.detail {
+            detail.own.change(leaf, bits, 0, u64::MAX);
+        }
+    }
+
+    /// What an attaching store finds to be the volume's alone.
+    pub(crate) fn found_fresh(&self, leaf: u64, bits: u64) {
+        if let Some(reserve) = self.reserve() {
+            reserve.fresh.change(leaf, bits, 0, u64::MAX);
+        }
+    }
+
+    /// The contents were exchanged for others.
+    pub(crate) fn forget(&self) {
+        if let Some(detail) = &self.detail {
+            detail.own.clear();
+        }
+        self.cut();
+    }
+
+    /// The disk became larger. The caller keeps writers out.
+    pub(crate) fn grow(&self, size: u64) {
+        let leaves = size.div_ceil(4096).div_ceil(LEAF_BLOCKS);
+        if let Some(detail) = &self.detail {
+            detail.own.grow(leaves);
+            if let Some(reserve) = &detail.reserve {
+                reserve.fresh.grow(leaves);
+            }
+        }
+    }
+
+    /// A copy was made: nothing is the volume's alone any more.
+    pub(crate) fn cut(&self) {
+        if let Some(reserve) = self.reserve() {
+            reserve.fresh.clear();
+        }
+    }
+
+    pub(crate) fn own_blocks(&self) -> Option<u64> {
+        self.detail.as_ref().map(|detail| detail.own.set.load(Relaxed))
+    }
+
+    /// In bytes.
+    pub(crate) fn quota(&self) -> Option<u64> {
+        let blocks = self.detail.as_ref()?.quota.load(Relaxed);
+        (blocks != u64::MAX).then_some(blocks * 4096)
+    }
+
+    pub(crate) fn set_quota(&self, bytes: u64) {
+        if let Some(detail) = &self.detail {
+            detail.quota.store(if bytes == 0 { u64::MAX } else { bytes.div_ceil(4096) }, Relaxed);
+        }
+    }
+
+    /// What has to be kept aside in addition, now or (`after_cut`) when a copy is made.
+    pub(crate) fn lack(&self, after_cut: bool) -> Lack {
+        let Some(reserve) = self.reserve() else { return Lack::default() };
+        let fresh = if after_cut { 0 } else { reserve.fresh.set.load(SeqCst) };
+        let wanted = reserve.wanted.saturating_sub(fresh) + UNDER_WAY;
+        Lack {
+            frames: wanted.saturating_sub(reserve.frames.lock().len() as u64),
+            nodes: reserve.most_nodes.saturating_sub(reserve.nodes.lock().len()) as u64,
+        }
+    }
+
+    pub(crate) fn fill(&self, frames: Vec<u32>, nodes: Vec<u32>) {
+        if let Some(reserve) = self.reserve() {
+            reserve.frames.lock().extend(frames);
+            reserve.nodes.lock().extend(nodes);
+        }
+    }
+
+    /// Everything that is kept aside.
+    pub(crate) fn empty(&self) -> (Vec<u32>, Vec<u32>) {
+        match self.reserve() {
+            None => Default::default(),
+            Some(reserve) => (std::mem::take(&mut *reserve.frames.lock()), std::mem::take(&mut *reserve.nodes.lock())),
+        }
+    }
+
+    /// A frame kept aside.
+    pub(crate) fn frame(&self) -> Option<u32> {
+        self.reserve()?.frames.lock().pop()
+    }
+
+    /// Keeps a freed frame, when one is lacking. True when it is kept.
+    pub(crate) fn keep_frame(&self, frame: u32) -> bool {
+        let Some(reserve) = self.reserve() else { return false };
+        let mut frames = reserve.frames.lock();
+        let keep = frames.len() as u64 + reserve.fresh.set.load(SeqCst) < reserve.wanted + UNDER_WAY;
+        if keep {
+            frames.push(frame);
+        }
+        keep
+    }
+
+    pub(crate) fn node(&self) -> Option<u32> {
+        self.reserve()?.nodes.lock().pop()
+    }
+
+    pub(crate) fn keep_node(&self, node: u32) -> bool {
+        let Some(reserve) = self.reserve() else { return false };
+        let mut nodes = reserve.nodes.lock();
+        let keep = nodes.len() < reserve.most_nodes;
+        if keep {
+            nodes.push(node);
+        }
+        keep
+    }
+
+    /// Frames and nodes kept aside, for the audit and for statistics.
+    pub(crate) fn kept(&self) -> (Vec<u32>, Vec<u32>) {
+        match self.reserve() {
+            None => Default::default(),
+            Some(reserve) => (reserve.frames.lock().clone(), reserve.nodes.lock().clone()),
+        }
+    }
+
+    /// Frames kept aside.
+    pub(crate) fn kept_frames(&self) -> u64 {
+        self.reserve().map_or(0, |reserve| reserve.frames.lock().len() as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn own_blocks_are_a_set_that_never_exceeds_the_quota(
+            writes in prop::collection::vec((0..4u64, any::<u64>(), any::<u64>()), 1..200),
+            quota in 1..200u64,
+        ) {
+            let limits = Limits { quota: quota * 4096, ..Limits::default() };
+            let account = Account::new(limits, 4 * 64 * 4096);
+            let mut model = [0u64; 4];
+            for (leaf, mapped, unmapped) in writes {
+                // few bits, so that quotas are met and not only exceeded
+                let (mapped, unmapped) = (mapped & mapped >> 7, unmapped & !(mapped & mapped >> 7));
+                let mut after = model;
+                after[leaf as usize] = (after[leaf as usize] | mapped) & !unmapped;
+                let count = |model: &[u64; 4]| model.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+                let grows = after[leaf as usize] & !model[leaf as usize] != 0;
+                let allowed = !grows || count(&after) <= quota;
+                prop_assert_eq!(account.write(leaf, mapped, unmapped), allowed);
+                if allowed {
+                    model = after;
+                }
+                prop_assert_eq!(account.own_blocks(), Some(count(&model)));
+            }
+        }
+    }
+
+    #[test]
+    fn frames_come_back_until_the_reservation_is_whole() {
+        let limits = Limits { reservation: 1000 * 4096, ..Limits::default() };
+        let account = Account::new(limits, 2000 * 4096);
+        assert_eq!(account.lack(false).frames, 1000 + UNDER_WAY);
+        account.fill((1..=1000 + UNDER_WAY as u32).collect(), Vec::new());
+        assert_eq!(account.lack(false).frames, 0);
+        for _ in 0..10 {
+            account.frame().unwrap();
+        }
+        assert!(account.write(0, 0x3ff, 0));
+        assert!(!account.keep_frame(1), "nothing is lacking");
+        assert!(account.write(0, 0, 1));
+        assert!(account.keep_frame(1), "a block was given up");
+        account.cut();
+        assert_eq!(account.lack(false).frames, 9);
+    }
+}

@@ -1,0 +1,268 @@
+//! Frames that went to a file on a local disk because memory was full, and back.
+//!
+//! Only volumes that say so ([`crate::WhenFull::Spill`]) spill, and only blocks that are theirs alone: frames with one
+//! reference, below nodes with one reference. So nobody else ever waits for a disk because of them. Which ones: a clock hand
+//! goes over the leaves of those volumes; a frame read or written since it last came by is passed over once.
+//!
+//! A frame keeps its number while it is away; its block lies at that number in the (sparse) file, so there is no table to
+//! keep. The file is read and written with `O_DIRECT` where that works: pages of it in the kernel's cache would be memory
+//! that nobody counts.
+//!
+//! ```text
+//!   here --- spill: write to the file, mark away, give the memory back, credit -----------> away
+//!   away --- second read in a row, and there is room (made, if it must): fill, mark here -> here
+//!   away --- last reference dropped: mark here, number free without memory ---------------> free
+//! ```
+//!
+//! Of one frame these exclude each other by the lock of its slot ([`LOCKS`]); whoever spills also holds the stripe of the
+//! leaf that names the frame, so that it is not dropped meanwhile. Readers take no lock to read what is here (`marks.rs`).
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::PathBuf,
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, fallocate};
+
+use crate::{
+    arena::{BLOCK, Words},
+    config::SpillConfig,
+    frames::{Engine, Failed},
+    map::Map,
+    marks::Mark,
+    sync::Padded,
+};
+
+const LOCKS: usize = 64;
+/// Frames spilled at a time: few enough that a writer waits a millisecond, enough that the next ones do not wait.
+const BATCH: usize = 64;
+
+/// A block that `O_DIRECT` takes.
+#[repr(align(4096))]
+struct Aligned([u8; BLOCK]);
+
+pub(crate) struct Spill {
+    file: File,
+    path: PathBuf,
+    /// Frames that may be away.
+    limit: u64,
+    locks: [Padded<Mutex<()>>; LOCKS],
+    /// A bit a frame: used since the hand came by.
+    used: Words,
+    hand: Mutex<Hand>,
+    written: AtomicU64,
+    read: AtomicU64,
+}
+
+/// The clock hand, and whom it goes over.
+#[derive(Default)]
+struct Hand {
+    maps: Vec<Weak<Map>>,
+    map: usize,
+    /// The leaf it stands at.
+    leaf: u64,
+}
+
+impl Spill {
+    pub(crate) fn open(config: &SpillConfig, frames: u32, keep: bool) -> io::Result<Spill> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(!keep).mode(0o600);
+        let direct = options.clone().custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32).open(&config.file);
+        // tmpfs and some others refuse it
+        let file = match direct {
+            Ok(file) => file,
+            Err(_) => options.open(&config.file)?,
+        };
+        Ok(Spill {
+            file,
+            path: config.file.clone(),
+            limit: config.limit.bytes() / BLOCK as u64,
+            locks: std::array::from_fn(|_| Padded::default()),
+            used: Words::reserve(frames as usize / 32 + 1, None)?,
+            hand: Mutex::default(),
+            written: AtomicU64::new(0),
+            read: AtomicU64::new(0),
+        })
+    }
+
+    /// From now on the hand goes over this map, too.
+    pub(crate) fn watch(&self, map: &Arc<Map>) {
+        let mut hand = self.hand.lock();
+        hand.maps.retain(|map| map.strong_count() > 0);
+        hand.maps.push(Arc::downgrade(map));
+    }
+
+    pub(crate) fn discard(&self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+
+    fn lock(&self, frame: u32) -> &Mutex<()> {
+        &self.locks[frame as usize % LOCKS].0
+    }
+
+    /// Notes that the frame is in use.
+    #[inline]
+    pub(crate) fn touch(&self, frame: u32) {
+        let (word, bit) = (&self.used.all()[frame as usize / 32], 1 << (frame % 32));
+        // mostly set already: then no cache line is taken from anybody
+        if word.load(Relaxed) & bit == 0 {
+            word.fetch_or(bit, Relaxed);
+        }
+    }
+
+    /// Whether it was in use since this was last asked.
+    fn was_used(&self, frame: u32) -> bool {
+        let (word, bit) = (&self.used.all()[frame as usize / 32], 1 << (frame % 32));
+        word.load(Relaxed) & bit != 0 && word.fetch_and(!bit, Relaxed) & bit != 0
+    }
+
+    fn fetch(&self, frame: u32, block: &mut Aligned) -> Result<(), Failed> {
+        self.read.fetch_add(1, Relaxed);
+        self.file.read_exact_at(&mut block.0, u64::from(frame) * BLOCK as u64).map_err(|_| Failed::Lost)
+    }
+
+    /// Gives the disk's blocks back. They are written anew before they are read again, so an error only costs space.
+    fn forget(&self, frame: u32) {
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let _ = fallocate(&self.file, hole, u64::from(frame) * BLOCK as u64, BLOCK as u64);
+    }
+
+    /// Blocks written to the file and read from it since the start.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        (self.written.load(Relaxed), self.read.load(Relaxed))
+    }
+}
+
+impl Engine {
+    /// Reads a frame that is away, and brings it back when it is wanted again.
+    #[cold]
+    pub(crate) fn read_away(&self, frame: u32, from: usize, buf: &mut [u8]) -> Result<(), Failed> {
+        let Some(spill) = &self.spill else { return Err(Failed::Lost) };
+        let mut block = Aligned([0; BLOCK]);
+        {
+            let _alone = spill.lock(frame).lock();
+            if self.frames.marks.get(frame) != Mark::Away {
+                // brought back meanwhile: the caller sees that and reads it there
+                return Ok(());
+            }
+            spill.fetch(frame, &mut block)?;
+            if !self.is_of(frame, &block.0) {
+                self.frames.marks.set(frame, Mark::Damaged);
+                return Err(Failed::Lost);
+            }
+            buf.copy_from_slice(&block.0[from..from + buf.len()]);
+            let again = spill.was_used(frame);
+            spill.touch(frame);
+            if !again || !self.budget.charge(BLOCK as u64) {
+                return Ok(());
+            }
+            self.frames.blocks.fill(frame, &block.0);
+            self.frames.marks.set(frame, Mark::Here);
+        }
+        spill.forget(frame);
+        Ok(())
+    }
+
+    /// A frame without references is no longer away. False when it was, and so has no memory now: it is back in the pool
+    /// then.
+    #[cold]
+    pub(crate) fn unmark(&self, frame: u32) -> bool {
+        let mark = self.frames.marks.get(frame);
+        if mark == Mark::Here {
+            return true;
+        }
+        let alone = self.spill.as_ref().map(|spill| spill.lock(frame).lock());
+        let mark = self.frames.marks.get(frame);
+        if mark != Mark::Here {
+            self.frames.marks.set(frame, Mark::Here);
+        }
+        drop(alone);
+        if mark != Mark::Away {
+            return true;
+        }
+        if let Some(spill) = &self.spill {
+            spill.forget(frame);
+        }
+        self.frames.pool.put_hollow(frame);
+        false
+    }
+
+    /// Spills some frames; false when there is nothing to spill, or no room for it.
+    #[cold]
+    pub(crate) fn make_room(&self) -> bool {
+        let Some(spill) = &self.spill else { return false };
+        // who waits here finds room made by whom it waited for
+        let mut hand = spill.hand.lock();
+        if self.budget.charged() + (BATCH / 2 * BLOCK) as u64 <= self.budget.limit() {
+            return true;
+        }
+        hand.maps.retain(|map| map.strong_count() > 0);
+        let (mut spilled, mut turns) = (0, 0);
+        // twice around: the first time everything may have been in use
+        while spilled < BATCH && turns <= 2 * hand.maps.len() {
+            let Some(map) = hand.maps.get(hand.map).and_then(Weak::upgrade) else {
+                (hand.map, hand.leaf, turns) = (0, 0, turns + 1);
+                if hand.maps.is_empty() {
+                    break;
+                }
+                continue;
+            };
+            match self.spill_from(spill, &map, hand.leaf, BATCH, &mut spilled) {
+                Some(leaf) => hand.leaf = leaf,
+                None => {
+                    (hand.map, hand.leaf, turns) = (hand.map + 1, 0, turns + 1);
+                    if hand.map >= hand.maps.len() {
+                        hand.map = 0;
+                    }
+                }
+            }
+        }
+        spilled > 0
+    }
+
+    /// Goes over the leaves of a map from `leaf` on until `wanted` are spilled; the leaf to go on with.
+    fn spill_from(&self, spill: &Spill, map: &Map, leaf: u64, wanted: usize, spilled: &mut usize) -> Option<u64> {
+        let leaves = map.size().div_ceil(BLOCK as u64).div_ceil(64);
+        for leaf in leaf..leaves {
+            self.for_each_alone(map, leaf, |_, frame| {
+                let here = self.frames.marks.get(frame) == Mark::Here;
+                if here && !spill.was_used(frame) && self.spill_one(spill, frame) {
+                    *spilled += 1;
+                }
+            });
+            if *spilled >= wanted {
+                return Some(leaf + 1);
+            }
+        }
+        None
+    }
+
+    /// The caller keeps others from dropping the frame.
+    fn spill_one(&self, spill: &Spill, frame: u32) -> bool {
+        if self.frames.marks.counts().0 >= spill.limit {
+            return false;
+        }
+        let mut block = Aligned([0; BLOCK]);
+        let _alone = spill.lock(frame).lock();
+        if self.frames.marks.get(frame) != Mark::Here {
+            return false;
+        }
+        self.frames.blocks.read(frame, 0, &mut block.0);
+        if spill.file.write_all_at(&block.0, u64::from(frame) * BLOCK as u64).is_err() {
+            // the disk is full or broken: nothing happened, and the writer is refused if nobody else makes room
+            return false;
+        }
+        spill.written.fetch_add(1, Relaxed);
+        self.frames.marks.set(frame, Mark::Away);
+        self.frames.blocks.give_back(frame..frame + 1);
+        self.budget.credit(BLOCK as u64);
+        true
+    }
+}

@@ -1,0 +1,116 @@
+//! A real Debian guest on an agent, spoken to through its guest agent.
+
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use muster_common::{ByteLen, Digest};
+use muster_idl::{
+    arguments::{ApplicationSpec, BootSpec, ExecResult, TemplateSpec},
+    v1::{Member, Outcome, Verb, Verdict},
+};
+use muster_repository::source::{ImageFormat, open_image};
+
+use super::{Controller, Depot};
+
+/// A guest under translation on a busy machine.
+pub const BOOT: Duration = Duration::from_secs(150);
+
+pub fn guest_images() -> Option<PathBuf> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest");
+    let tools = std::env::var_os("PATH").unwrap_or_default();
+    let qemu = std::env::split_paths(&tools).any(|d| d.join("qemu-system-x86_64").is_file());
+    if directory.join("debian.raw").is_file() && qemu {
+        return Some(directory);
+    }
+    let hint = "QEMU or the guest images are missing: run cargo xtask setup and cargo xtask guest";
+    assert!(std::env::var_os("MUSTER_ALLOW_SKIP").is_some(), "{hint}");
+    eprintln!("skipped: {hint}");
+    None
+}
+
+pub struct World {
+    pub controller: Controller,
+    pub vm: Member,
+    /// When the last verdict was said: states of before do not count.
+    pub since_us: u64,
+}
+
+impl World {
+    pub async fn verdict(&mut self, verb: Verb, arguments: &[(&str, &str)]) -> Verdict {
+        let command = self.controller.command(verb, vec![self.vm.clone()], arguments, BOOT);
+        self.controller.publish(&command);
+        let key = (command.id.clone(), self.vm.host.clone(), self.vm.vm.clone());
+        let started = Instant::now();
+        loop {
+            self.controller.take();
+            if let Some(list) = self.controller.seen.get(&key) {
+                eprintln!("{verb}: {} {} in {:?}", list[0].outcome, list[0].message, started.elapsed());
+                self.since_us = list[0].ended_at_us;
+                return list[0].clone();
+            }
+            assert!(started.elapsed() < BOOT, "no verdict of {verb}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    pub async fn done(&mut self, verb: Verb, arguments: &[(&str, &str)]) -> Verdict {
+        let verdict = self.verdict(verb, arguments).await;
+        assert_eq!(verdict.outcome, Outcome::Done, "{verb}: {} {}", verdict.code, verdict.message);
+        verdict
+    }
+    pub async fn guest_up(&mut self) {
+        let started = Instant::now();
+        loop {
+            while let Some(sample) = self.controller.systems.try_recv() {
+                if sample.value().is_some_and(|s| s.vm == self.vm.vm && s.guest_up && s.sampled_at_us > self.since_us) {
+                    eprintln!("guest up after {:?}", started.elapsed());
+                    return;
+                }
+            }
+            assert!(started.elapsed() < BOOT, "the guest agent did not come up");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    pub async fn read(&mut self, path: &str) -> (i32, String) {
+        self.exec(&["cat", path]).await
+    }
+    pub async fn exec(&mut self, argv: &[&str]) -> (i32, String) {
+        let argv = serde_json::to_string(argv).unwrap();
+        let verdict = self.done(Verb::Exec, &[("argv", &argv)]).await;
+        let result: ExecResult = serde_json::from_str(&verdict.result).unwrap();
+        (result.exit_status, result.stdout)
+    }
+}
+
+/// Imports the Debian guest; the template of a desktop made of it.
+pub fn desk_template(depot: &Depot, images: &Path, data: Option<ByteLen>, applications: &[Digest]) -> String {
+    let source = open_image(&images.join("debian.raw"), ImageFormat::Raw).unwrap();
+    let mut session = depot.repository.session();
+    let go_on = &mut |_| std::ops::ControlFlow::Continue(());
+    let image = session.ingest(&*source, &Default::default(), go_on).unwrap().digest;
+    session.publish("image", b"x").unwrap();
+    let blob = |name: &str| depot.repository.put_blob(&std::fs::read(images.join(name)).unwrap()).unwrap().to_string();
+    let spec = TemplateSpec {
+        name: "desk".into(),
+        image: image.to_string(),
+        image_name: "debian".into(),
+        vcpus: 1,
+        memory_bytes: 256 << 20,
+        data_volume_bytes: data.map(|size| size.bytes()),
+        applications: applications
+            .iter()
+            .map(|image| ApplicationSpec { image: image.to_string(), image_name: "tools".into() })
+            .collect(),
+        boot: BootSpec {
+            kernel: Some(blob("vmlinuz")),
+            initrd: Some(blob("initramfs")),
+            cmdline: format!(
+                "{} muster.name={{name}}",
+                std::fs::read_to_string(images.join("cmdline")).unwrap().trim()
+            ),
+        },
+        bridge: None,
+    };
+    serde_json::to_string(&spec).unwrap()
+}
