@@ -10,7 +10,8 @@
 //!   Disk  (range checks, errors, the books)      disk.rs
 //!      | which is a
 //!   Map   16 stripes: lock + tree of nodes       map.rs      4 bytes a block, shared between clones
-//!      | limited by                                differences.rs
+//!      |                                           differences.rs: what two maps do not share
+//!      | limited by
 //!   Account: quota, reservation, policy          account.rs
 //!      | whose leaves name
 //!   Frame 4 KiB, written once, counted           frames.rs   8 bytes a frame
@@ -36,7 +37,8 @@
 //! 5. A node with more than one reference is never changed; a node with one is changed only under the stripe lock of the
 //!    map that reaches it.
 //! 6. A new reference is counted before an old one is dropped.
-//! 7. What is charged to the budget is what the machine has lent us, frames and metadata, and never more than the budget.
+//! 7. What is charged to the budget is what the machine has lent us, frames and metadata, and never more than the budget,
+//!    unless an attach finds more than the budget it was given: then nothing new is taken until it fits.
 //!    (Up to 2 MiB less with huge pages, which are charged before they are touched; heap for lists of free numbers,
 //!    0.1 % of what is free, is not charged.)
 //! 8. A refused write changes whole blocks or nothing: never a part of a block.
