@@ -220,22 +220,10 @@ fn features_that_are_not_supported_are_refused_by_name() {
     create(&path, "extended_l2=on,cluster_size=128k", "1M");
     assert!(refused(&path).to_string().contains("extended L2"));
 
-    let path = dir.path().join("luks.qcow2");
-    run(
-        "qemu-img",
-        &[
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "--object",
-            "secret,id=s,data=x",
-            "-o",
-            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-            text(&path),
-            "1M",
-        ],
-    );
+    // Not LUKS here: qemu-img times its key derivation, and fails where the processor clock of a thread is coarse.
+    let path = dir.path().join("aes.qcow2");
+    let secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=aes,encrypt.key-secret=s"];
+    run("qemu-img", &[&["create", "-q", "-f", "qcow2"], &secret[..], &[text(&path), "1M"]].concat());
     assert!(refused(&path).to_string().contains("encryption"));
 
     let good = dir.path().join("good.qcow2");
@@ -256,8 +244,8 @@ fn features_that_are_not_supported_are_refused_by_name() {
     assert!(refused(&zstd).to_string().contains("zstd"));
     let version = patched(&dir, "version.qcow2", &good, &[(4, &4u32.to_be_bytes())]);
     assert!(refused(&version).to_string().contains("version 4"));
-    let aes = patched(&dir, "aes.qcow2", &good, &[(32, &1u32.to_be_bytes())]);
-    assert!(refused(&aes).to_string().contains("encryption"));
+    let luks = patched(&dir, "luks.qcow2", &good, &[(32, &2u32.to_be_bytes())]);
+    assert!(refused(&luks).to_string().contains("encryption"));
 }
 
 #[test]
