@@ -19,7 +19,7 @@ use muster_idl::{
 use muster_store::{Store, StoreConfig, VolumeSpec};
 use support::{
     Controller, Depot, Place,
-    guest::{BOOT, World, desk_template, guest_images},
+    guest::{BOOT, World, desk_template, guest_images, in_own_process},
     network, vm_on, wait_for,
 };
 
@@ -201,11 +201,17 @@ async fn goes_away_three_times(transport: TransportChoice, seed: u64) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writing_guest_on_vhost_user_disks_does_not_notice_that_its_agent_goes_and_comes() {
+    if !in_own_process("a_writing_guest_on_vhost_user_disks_does_not_notice_that_its_agent_goes_and_comes") {
+        return;
+    }
     goes_away_three_times(TransportChoice::VhostUser, 51).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writing_guest_on_nbd_disks_is_paused_while_its_agent_is_away_and_goes_on() {
+    if !in_own_process("a_writing_guest_on_nbd_disks_is_paused_while_its_agent_is_away_and_goes_on") {
+        return;
+    }
     goes_away_three_times(TransportChoice::Nbd, 52).await;
 }
 
@@ -246,10 +252,16 @@ async fn stands_still_while_the_store_is_full(transport: TransportChoice, seed: 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_on_vhost_user_disks_stands_still_while_the_store_is_full() {
+    if !in_own_process("a_guest_on_vhost_user_disks_stands_still_while_the_store_is_full") {
+        return;
+    }
     stands_still_while_the_store_is_full(TransportChoice::VhostUser, 53).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_on_nbd_disks_stands_still_while_the_store_is_full() {
+    if !in_own_process("a_guest_on_nbd_disks_stands_still_while_the_store_is_full") {
+        return;
+    }
     stands_still_while_the_store_is_full(TransportChoice::Nbd, 54).await;
 }

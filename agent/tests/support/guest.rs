@@ -30,6 +30,25 @@ pub fn guest_images() -> Option<PathBuf> {
     None
 }
 
+/// libvirt's embedded driver takes one root a process. Where tests share a process (`cargo test`; nextest gives each its
+/// own), `test` is run again in one of its own, one after the other, and the answer is `false`: it has been run.
+pub fn in_own_process(test: &str) -> bool {
+    const MARK: &str = "MUSTER_TEST_IN_OWN_PROCESS";
+    static ONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    if std::env::var_os("NEXTEST").is_some() || std::env::var_os(MARK).is_some() {
+        return true;
+    }
+    let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let again = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
+        .env(MARK, "1")
+        .output()
+        .unwrap();
+    let (out, err) = (String::from_utf8_lossy(&again.stdout), String::from_utf8_lossy(&again.stderr));
+    assert!(again.status.success() && out.contains("1 passed"), "{test}: {}\n{out}\n{err}", again.status);
+    false
+}
+
 pub struct World {
     pub controller: Controller,
     pub vm: Member,

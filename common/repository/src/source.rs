@@ -7,6 +7,8 @@ use std::{error::Error, fs::File, path::Path, sync::Arc};
 
 use muster_common::{ByteLen, ErrorCode};
 
+use crate::RepositoryError;
+
 pub use qcow2::Qcow2Image;
 pub use raw::RawImage;
 
@@ -63,7 +65,11 @@ impl SourceError {
             Self::Io { source, .. } if source.kind() == std::io::ErrorKind::PermissionDenied => {
                 ErrorCode::PermissionDenied
             }
-            Self::Io { .. } | Self::Read { .. } => ErrorCode::Io,
+            Self::Read { source, .. } => match source.downcast_ref().map(RepositoryError::code) {
+                Some(ErrorCode::Corrupt) => ErrorCode::Corrupt,
+                _ => ErrorCode::Io,
+            },
+            Self::Io { .. } => ErrorCode::Io,
             Self::NotAFile | Self::OutOfRange { .. } => ErrorCode::InvalidArgument,
             Self::Foreign { .. } | Self::Packed { .. } | Self::NotQcow2 => ErrorCode::UnsupportedFormat,
             Self::Unsupported { .. } | Self::TooLarge { .. } => ErrorCode::UnsupportedFormat,

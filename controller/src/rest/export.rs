@@ -16,7 +16,7 @@ use muster_repository::{
     source::{ReadAt, SourceError, Span},
 };
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
 use super::{
     Shared,
@@ -40,7 +40,8 @@ enum Broken {
 
 type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), Broken>;
 
-/// The bytes of an image, read from the repository; each chunk is verified on its way. An answer that breaks off is not whole.
+/// The bytes of an image, read from the repository; each chunk is verified on its way. Damage at the front is an error;
+/// an answer that breaks off later is not whole.
 #[utoipa::path(get, path = "/v1/images/{image}/export", tag = "images", params(("image" = String, Path), ExportQuery), responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"), (status = "default", body = Problem)))]
 pub async fn export(State(shared): State<Shared>, Name(name): Name, Params(query): Params<ExportQuery>) -> Answer {
     let image = shared.core.call(move |core| Ok(core.image(&name)?.clone())).await?;
@@ -60,7 +61,7 @@ pub async fn export(State(shared): State<Shared>, Name(name): Name, Params(query
         .await
         .map_err(|error| Refusal::new(ErrorCode::Internal, format!("read the repository: {error}")))??;
     let len = form.len();
-    let (send, receive) = mpsc::channel::<std::io::Result<Bytes>>(READ_AHEAD);
+    let (send, mut receive) = mpsc::channel::<Result<Bytes, SourceError>>(READ_AHEAD);
     let stop = shared.stop.clone();
     shared.tasks.spawn_blocking(move || {
         let mut sink = |bytes: &[u8]| {
@@ -68,13 +69,16 @@ pub async fn export(State(shared): State<Shared>, Name(name): Name, Params(query
             if gone { Err(Broken::Gone) } else { Ok(()) }
         };
         if let Err(Broken::Source(error)) = form.write(&mut sink) {
-            let text = Chain(&error).to_string();
-            tracing::error!(image = %image.digest, err = text, "an image cannot be read");
-            // the answer breaks off, which is all that can be said now
-            let _ = send.blocking_send(Err(std::io::Error::other(text)));
+            tracing::error!(image = %image.digest, err = %Chain(&error), "an image cannot be read");
+            let _ = send.blocking_send(Err(error));
         }
     });
-    let mut response = Body::from_stream(ReceiverStream::new(receive)).into_response();
+    let first = receive.recv().await.transpose()?;
+    // from here on the answer can only break off
+    let rest =
+        ReceiverStream::new(receive).map(|piece| piece.map_err(|e| std::io::Error::other(Chain(&e).to_string())));
+    let pieces = tokio_stream::iter(first.map(Ok)).chain(rest);
+    let mut response = Body::from_stream(pieces).into_response();
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/octet-stream"));
     headers.insert(DATA_HEADER, data.into());

@@ -291,6 +291,12 @@ impl Driver {
         self.memory.as_volatile_slice().read_slice(bytes, at).unwrap();
     }
 
+    /// Has the kernel find memory for the slots' data now, not at the first request.
+    pub fn touch(&self) {
+        let bytes = self.slot_bytes * Self::slots(self.size);
+        (self.data..self.data + bytes).step_by(4096).for_each(|at| self.put(at, &[0]));
+    }
+
     fn load(&self, at: usize, order: Ordering) -> u16 {
         self.memory.as_volatile_slice().load(at, order).unwrap()
     }

@@ -58,7 +58,8 @@ fn reopen_direct(file: &File) -> Option<File> {
     OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path).ok()
 }
 
-/// True when more than half of some pages, spread over the file's data, are in the page cache.
+/// True when more than half of some pages, spread over the file's data, are in the page cache. A file system that does not
+/// say is taken for one that is memory itself (tmpfs).
 fn is_cached(file: &File, size: u64) -> bool {
     // each probe that misses may read its page, but no more than that
     let _ = rustix::fs::fadvise(file, 0, None, Advice::Random);
@@ -69,7 +70,10 @@ fn is_cached(file: &File, size: u64) -> bool {
         let Ok(data) = rustix::fs::seek(file, SeekFrom::Data(at)) else { break };
         probes += 1;
         let mut slices = [IoSliceMut::new(&mut page)];
-        hits += u64::from(rustix::io::preadv2(file, &mut slices, data, ReadWriteFlags::NOWAIT).is_ok_and(|n| n > 0));
+        hits += match rustix::io::preadv2(file, &mut slices, data, ReadWriteFlags::NOWAIT) {
+            Ok(read) => u64::from(read > 0),
+            Err(error) => u64::from(error == Errno::OPNOTSUPP),
+        };
         at = data + (size / PROBES).max(ALIGN as u64);
     }
     let _ = rustix::fs::fadvise(file, 0, None, Advice::Normal);
