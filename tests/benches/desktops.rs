@@ -138,7 +138,7 @@ fn is_zero(bytes: &[u8]) -> bool {
 
 /// Writes what differs, in runs of up to 1 MiB, and reads all of the disk back. Returns the bytes written.
 fn write(socket: &Path, export: &str, base: &[u8], bytes: &[u8]) -> Result<u64> {
-    let mut client = nbd::Client::connect(socket, export, START_LIMIT)?;
+    let mut client = nbd::Client::connect(socket, export, 1 << 20, START_LIMIT)?;
     ensure!(client.size == bytes.len() as u64, "the disk has another size");
     let (mut at, mut written) = (0, 0);
     let differs = |at: usize| base.get(at..at + BLOCK) != bytes.get(at..at + BLOCK);
@@ -148,18 +148,17 @@ fn write(socket: &Path, export: &str, base: &[u8], bytes: &[u8]) -> Result<u64> 
             end += BLOCK;
         }
         if end > at {
-            client.request(Kind::Write, false, at as u64, &mut bytes[at..end].to_vec())?;
+            client.ask(Kind::Write, at as u64, end - at, &bytes[at..end])?;
             written += (end - at) as u64;
             at = end;
         } else {
             at += BLOCK;
         }
     }
-    client.request(Kind::Flush, false, 0, &mut [])?;
-    let mut buffer = vec![0; 1 << 20];
+    client.ask(Kind::Flush, 0, 0, &[])?;
     for (i, expected) in bytes.chunks(1 << 20).enumerate() {
-        client.request(Kind::Read, false, (i as u64) << 20, &mut buffer[..expected.len()])?;
-        ensure!(buffer[..expected.len()] == *expected, "{export} differs within MiB {i}");
+        let come = client.ask(Kind::Read, (i as u64) << 20, expected.len(), &[])?;
+        ensure!(come == expected, "{export} differs within MiB {i}");
     }
     Ok(written)
 }

@@ -130,6 +130,12 @@ pub trait BlockDevice: Send + Sync {
     /// Cheap; the size may grow between calls, nothing else changes.
     fn geometry(&self) -> Geometry;
 
+    /// A request may wait for a disk or a network. Whoever serves many devices with few threads gives such a one threads of
+    /// its own.
+    fn may_wait(&self) -> bool {
+        false
+    }
+
     /// Fills `buf` from `offset`.
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError>;
 
@@ -169,6 +175,9 @@ pub trait BlockDevice: Send + Sync {
 impl<D: BlockDevice + ?Sized> BlockDevice for std::sync::Arc<D> {
     fn geometry(&self) -> Geometry {
         (**self).geometry()
+    }
+    fn may_wait(&self) -> bool {
+        (**self).may_wait()
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         (**self).read_at(offset, buf)

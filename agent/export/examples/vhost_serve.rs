@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p muster-export --example vhost_serve -- --directory /run/x [--name disk.1] \
-//!     [--file disk.raw | --size 1GiB [--image disk.raw]] [--spin-us 50] [--queues 64] [--workers 4]
+//!     [--file disk.raw | --size 1GiB [--image disk.raw]] [--spin-us 50] [--queues 64] [--threads 2]
 //!
 //! qemu-system-x86_64 -machine q35,memory-backend=ram -object memory-backend-memfd,id=ram,size=512M,share=on \
 //!     -chardev socket,id=disk,path=/run/x/disk.1,reconnect=1 -device vhost-user-blk-pci,chardev=disk ...
@@ -83,7 +83,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--size" => size = value.parse()?,
             "--spin-us" => config.spin = Duration::from_micros(value.parse()?),
             "--queues" => config.queues = value.parse()?,
-            "--workers" => config.workers = value.parse()?,
+            "--threads" => config.threads = value.parse()?,
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }

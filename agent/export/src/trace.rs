@@ -253,6 +253,10 @@ impl BlockDevice for Recorder {
         self.device.geometry()
     }
 
+    fn may_wait(&self) -> bool {
+        self.device.may_wait()
+    }
+
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         self.note(Kind::Read, false, offset, buf.len() as u64);
         self.device.read_at(offset, buf)

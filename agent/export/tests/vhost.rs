@@ -94,9 +94,9 @@ forward! {
     block_status(offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<(), BlockError>;
 }
 
-fn conforms(options: Options, workers: u16, make: impl Fn(ByteLen) -> Arc<dyn BlockDevice>) {
+fn conforms(options: Options, threads: u16, make: impl Fn(ByteLen) -> Arc<dyn BlockDevice>) {
     conformance::run(|size| {
-        let served = Served::with(make(size), |config| config.workers = workers);
+        let served = Served::with(make(size), |config| config.threads = threads);
         let wire = WireDevice::new(served.connect(options));
         Arc::new(Whole { wire: Some(wire), served: Some(served) })
     });
@@ -506,7 +506,7 @@ fn a_frontend_is_told_of_a_new_size_and_can_use_it() {
 fn a_queue_whose_driver_breaks_the_rules_stops_alone_and_can_be_started_again() {
     let events = Arc::new(Mutex::new(Vec::new()));
     let served = Served::with(memory(ByteLen::mib(1)), |config| {
-        config.workers = 1;
+        config.threads = 1;
         let events = Arc::clone(&events);
         config.observer = Some(Arc::new(move |_, event| events.lock().push(event)));
     });
@@ -572,7 +572,7 @@ fn a_queue_whose_driver_breaks_the_rules_stops_alone_and_can_be_started_again() 
 
 #[test]
 fn a_guest_that_scribbles_over_its_rings_disturbs_nobody_else() {
-    let served = Served::with(memory(ByteLen::mib(4)), |config| config.workers = 1);
+    let served = Served::with(memory(ByteLen::mib(4)), |config| config.threads = 1);
     served.registry.add("victim", memory(ByteLen::mib(4))).unwrap();
     let victim = Client::connect(&served.server.serve("victim").unwrap(), Options::default());
     let options = Options { slot_bytes: 4096, ..Options::default() };

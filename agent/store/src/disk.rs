@@ -188,6 +188,10 @@ impl BlockDevice for Disk {
         Geometry::memory(self.size(), self.read_only)
     }
 
+    fn may_wait(&self) -> bool {
+        self.inner.engine.spill.is_some() && self.map.account.spills()
+    }
+
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
         let len = buf.len() as u64;
         self.geometry().check(offset, len)?;
@@ -241,6 +245,9 @@ macro_rules! device {
         impl BlockDevice for $name {
             fn geometry(&self) -> Geometry {
                 self.$($disk).+.geometry()
+            }
+            fn may_wait(&self) -> bool {
+                self.$($disk).+.may_wait()
             }
             fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
                 self.$($disk).+.read_at(offset, buf)

@@ -7,7 +7,7 @@ use muster_block::model::MemoryDevice;
 use muster_common::ByteLen;
 
 use super::memory::Memory;
-use super::queue::{Context, Queue, Step};
+use super::queue::{Armed, Context, Queue, Step};
 use super::ring::Layout;
 use crate::registry::Export;
 
@@ -110,7 +110,7 @@ fn serve(data: &[u8]) -> u16 {
     queue.start();
     // A driver cannot make more available while this runs, but its buffers may overlap the rings.
     for _ in 0..64 {
-        if queue.run() == Step::Idle && !queue.arm() {
+        if queue.run() == Step::Idle && queue.arm() != Armed::Pending {
             break;
         }
     }

@@ -2,7 +2,7 @@
 //! out of it, without a system call on either side while both are busy.
 //!
 //! [`VhostServer`] serves exports of a catalog, each on a unix socket of its own; QEMU connects to it with a
-//! `vhost-user-blk` device. Below it: `session` (one connection: messages, memory, descriptors), `worker` (threads and
+//! `vhost-user-blk` device. Below it: `session` (one connection: messages, memory, descriptors), `pool` (threads and
 //! polling), `queue` (requests), and without I/O `ring` (virtqueues), `request` (virtio-blk), `memory`, `inflight`.
 //!
 //! Invariants:
@@ -19,9 +19,10 @@
 //! 7. No space is no error: such a write waits, and with it its queue, until there is space, the export is fenced or
 //!    withdrawn, or [`VhostConfig::space_wait`] is over.
 //!
-//! Threads: `vu-ctl-<n>` for each served export, `vu-<n>` for the queues of a connected one (up to
-//! [`VhostConfig::workers`], each with every so many-th queue). Locks: a queue's, which its worker has while it looks at
-//! the queue and the session takes to change it; no other is taken under it but the export's limits.
+//! Threads: `vu-ctl-<n>` for each served export, `vu-<n>` for all queues of the server ([`VhostConfig::threads`]); a device
+//! that may wait for a disk ([`BlockDevice::may_wait`](muster_block::BlockDevice::may_wait)) has as many of its own while
+//! its frontend is connected. Locks: the pool's list, then a queue's, which a thread has while it serves the queue and
+//! the session takes to change it; no other is taken under it but the export's limits.
 //!
 //! Deliberately not here: packed rings, live migration of a connected frontend (logged writes), requests of one queue
 //! done at the same time.
@@ -35,12 +36,12 @@ mod fuzz;
 mod inflight;
 mod log;
 mod memory;
+mod pool;
 mod queue;
 mod request;
 mod ring;
 mod server;
 mod session;
-mod worker;
 
 pub use fuzz::fuzz_queue;
 pub use server::{VhostError, VhostServer};
@@ -73,8 +74,8 @@ pub struct VhostConfig {
     /// Queues offered: the most a VM may have, at most 256. QEMU takes one per virtual processor unless it is told
     /// otherwise.
     pub queues: u16,
-    /// Threads for the queues of one VM, at most.
-    pub workers: u16,
+    /// Threads that serve all queues of all VMs.
+    pub threads: u16,
     /// How long a thread looks for the next request before it sleeps, at most. It adapts: less where that is in vain.
     /// Trades processor time for latency.
     pub spin: Duration,
@@ -93,7 +94,7 @@ impl std::fmt::Debug for VhostConfig {
             .field("directory", &self.directory)
             .field("mode", &format_args!("{:#o}", self.mode))
             .field("queues", &self.queues)
-            .field("workers", &self.workers)
+            .field("threads", &self.threads)
             .field("spin", &self.spin)
             .field("space_wait", &self.space_wait)
             .field("sealed_memory", &self.sealed_memory)
@@ -108,7 +109,7 @@ impl VhostConfig {
             directory: directory.into(),
             mode: 0o600,
             queues: 64,
-            workers: 4,
+            threads: default_threads(),
             spin: Duration::from_micros(50),
             space_wait: None,
             sealed_memory: true,
@@ -119,7 +120,6 @@ impl VhostConfig {
     fn settings(&self) -> Settings {
         Settings {
             queues: self.queues.clamp(1, 256),
-            workers: self.workers,
             spin: self.spin,
             space_wait: self.space_wait,
             sealed_memory: self.sealed_memory,
@@ -128,11 +128,16 @@ impl VhostConfig {
     }
 }
 
+/// As many as there are processors, up to 16: copying memory is all they do, and memory has no more to give.
+fn default_threads() -> u16 {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    processors.min(16) as u16
+}
+
 /// The part of the configuration a session needs.
 #[derive(Clone)]
 struct Settings {
     queues: u16,
-    workers: u16,
     spin: Duration,
     space_wait: Option<Duration>,
     sealed_memory: bool,

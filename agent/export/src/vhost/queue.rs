@@ -33,8 +33,8 @@ use crate::statistics::Operation;
 const PIECE: usize = 256 << 10;
 /// Times of arrival kept apart; with more, the newest ones are counted from the last one kept.
 const SEEN: usize = 64;
-/// Requests done in a row before other queues of the same worker get their turn.
-const BATCH: u32 = 64;
+/// Requests done in a row, and bytes after which no more are begun, before other queues get their turn.
+const BATCH: (u32, u64) = (64, 512 << 10);
 /// The driver is told of answers at least this often, however many requests are in the batch.
 const CALL_INTERVAL: Duration = Duration::from_micros(50);
 /// How soon a write without space is tried again: at first, and at most.
@@ -51,6 +51,19 @@ pub(crate) enum Step {
     Until(Instant),
 }
 
+/// Whether a queue can be left alone until its driver kicks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Armed {
+    /// It kicks when there is something.
+    Kick,
+    /// There is something already.
+    Pending,
+    /// It waits for its turn or for space.
+    Waits,
+    /// There is nothing it could kick.
+    NoKick,
+}
+
 /// What a queue needs besides its ring.
 pub(crate) struct Context {
     pub(crate) export: Arc<Export>,
@@ -64,7 +77,7 @@ pub(crate) struct Context {
 pub(crate) struct Queue {
     context: Arc<Context>,
     index: u16,
-    /// How many want this queue while its worker has it.
+    /// How many want this queue while a thread serves it.
     pub(crate) wanted: Arc<AtomicU32>,
     pub(crate) memory: Memory,
     pub(crate) layout: Layout,
@@ -72,7 +85,7 @@ pub(crate) struct Queue {
     pub(crate) indirect: bool,
     /// The driver flushes by itself; else every write is durable before it is answered.
     pub(crate) flushes: bool,
-    pub(crate) kick: Option<Arc<OwnedFd>>,
+    pub(crate) kick: Option<OwnedFd>,
     pub(crate) call: Option<OwnedFd>,
     pub(crate) error: Option<OwnedFd>,
     pub(crate) record: Option<QueueRecord>,
@@ -215,7 +228,8 @@ impl Queue {
     /// The session is over.
     pub(crate) fn close(&mut self) {
         self.stop();
-        self.error = None;
+        (self.error, self.record, self.log) = (None, None, None);
+        self.memory = Memory::default();
         self.stop_waiting_for_space();
     }
 
@@ -297,13 +311,16 @@ impl Queue {
         })
     }
 
-    /// Asks the driver to kick, then looks once more. `true` when there is something to do after all.
-    pub(crate) fn arm(&mut self) -> bool {
-        if !self.is_running() || self.waits.space.is_some() || self.waits.turn {
-            return false;
+    /// Asks the driver to kick, then looks once more.
+    pub(crate) fn arm(&mut self) -> Armed {
+        if !self.is_running() {
+            return Armed::Kick;
+        }
+        if self.waits.space.is_some() || self.waits.turn {
+            return Armed::Waits;
         }
         if self.kick.is_none() {
-            return false;
+            return Armed::NoKick;
         }
         let memory = std::mem::take(&mut self.memory);
         let pending = Ring::find(&memory, &self.layout).and_then(|ring| {
@@ -314,10 +331,11 @@ impl Queue {
         });
         self.memory = memory;
         match pending {
-            Ok(pending) => pending > 0,
+            Ok(0) => Armed::Kick,
+            Ok(_) => Armed::Pending,
             Err(why) => {
                 self.fail(why);
-                false
+                Armed::Kick
             }
         }
     }
@@ -363,14 +381,18 @@ impl Queue {
         let mut last = now;
         let mut told = (self.next_used, now);
         let mut step = Step::Worked;
-        let mut done = 0;
+        let (mut done, mut bytes) = (0, 0);
         // Who wants the queue does not wait for more than one request.
-        while left > 0 && done < BATCH && (done == 0 || self.wanted.load(Ordering::Relaxed) == 0) {
+        while left > 0 && done < BATCH.0 && bytes < BATCH.1 {
+            if done > 0 && self.wanted.load(Ordering::Relaxed) > 0 {
+                break;
+            }
             let head = match self.again.front() {
                 Some(head) => *head,
                 None => ring.head(self.next_available)?,
             };
             ring.walk(memory, head, self.indirect, &mut chain)?;
+            bytes += chain.readable.iter().chain(&chain.writable).map(|slice| slice.len() as u64).sum::<u64>();
             match self.serve(&context, &ring, head, &mut chain, last)? {
                 Ok(after) => last = after,
                 Err(wait) => {

@@ -12,10 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use muster_block::BlockDevice;
 use parking_lot::{Condvar, Mutex};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::net::sockopt;
 
+use super::pool::Pool;
 use super::session::{Channel, serve};
 use super::{Names, Settings, VhostConfig, socket_name};
 use crate::handshake::Refusal;
@@ -70,6 +72,9 @@ pub enum VhostError {
         #[source]
         source: io::Error,
     },
+    /// Could not make the threads that serve queues.
+    #[error("start the threads that serve queues")]
+    Pool(#[source] io::Error),
     /// The socket is gone and the frontend is cut off, but a request is still inside the device.
     #[error("a request of export {0} did not end in time")]
     Busy(String),
@@ -80,6 +85,7 @@ pub struct VhostServer {
     config: VhostConfig,
     catalog: Arc<dyn ExportCatalog>,
     names: Arc<Names>,
+    pool: Arc<Pool>,
     served: Mutex<BTreeMap<String, Served>>,
     /// Withdrawn ones whose threads had not ended in time; joined when the server stops.
     lingering: Mutex<Vec<Served>>,
@@ -128,10 +134,13 @@ impl VhostServer {
     pub fn start(config: VhostConfig, catalog: Arc<dyn ExportCatalog>) -> Result<VhostServer, VhostError> {
         std::fs::create_dir_all(&config.directory)
             .map_err(|source| VhostError::Listen { path: config.directory.clone(), source })?;
+        let names = Arc::<Names>::default();
+        let pool = Pool::start(config.threads, config.spin, &names).map_err(VhostError::Pool)?;
         Ok(VhostServer {
             config,
             catalog,
-            names: Arc::default(),
+            pool: Arc::new(pool),
+            names,
             served: Mutex::default(),
             lingering: Mutex::default(),
         })
@@ -170,10 +179,16 @@ impl VhostServer {
             end: Condvar::new(),
         });
         let thread = std::thread::Builder::new().name(self.names.next("vu-ctl")).spawn({
-            let (shared, name, names) = (Arc::clone(&shared), name.to_owned(), Arc::clone(&self.names));
-            let (catalog, settings) = (Arc::clone(&self.catalog), self.config.settings());
+            let (shared, name) = (Arc::clone(&shared), name.to_owned());
+            let served = Service {
+                catalog: Arc::clone(&self.catalog),
+                settings: self.config.settings(),
+                threads: self.config.threads,
+                pool: Arc::clone(&self.pool),
+                names: Arc::clone(&self.names),
+            };
             move || {
-                accept(&shared, &listener, &name, &*catalog, &settings, &names);
+                accept(&shared, &listener, &name, &served);
                 *shared.ended.lock() = true;
                 shared.end.notify_all();
             }
@@ -295,14 +310,26 @@ impl Link for SocketLink {
     }
 }
 
-fn accept(
-    shared: &Shared,
-    listener: &UnixListener,
-    name: &str,
-    catalog: &dyn ExportCatalog,
-    settings: &Settings,
-    names: &Arc<Names>,
-) {
+/// What a frontend's thread has of the server.
+struct Service {
+    catalog: Arc<dyn ExportCatalog>,
+    settings: Settings,
+    threads: u16,
+    pool: Arc<Pool>,
+    names: Arc<Names>,
+}
+
+impl Service {
+    /// Who serves this device's queues: everybody's threads, unless others would have to wait for its disk.
+    fn pool(&self, device: &dyn BlockDevice) -> io::Result<Arc<Pool>> {
+        if !device.may_wait() {
+            return Ok(Arc::clone(&self.pool));
+        }
+        Ok(Arc::new(Pool::start(self.threads.min(self.settings.queues), self.settings.spin, &self.names)?))
+    }
+}
+
+fn accept(shared: &Shared, listener: &UnixListener, name: &str, service: &Service) {
     loop {
         let mut fds = [PollFd::new(listener, PollFlags::IN), PollFd::new(&shared.wake, PollFlags::IN)];
         if let Err(error) = poll(&mut fds, None)
@@ -325,21 +352,14 @@ fn accept(
                 continue;
             }
         };
-        if let Err(error) = connect(shared, stream, name, catalog, settings, names) {
+        if let Err(error) = connect(shared, stream, name, service) {
             tracing::warn!(export = name, err = %error, "frontend turned away");
         }
         shared.current.lock().take();
     }
 }
 
-fn connect(
-    shared: &Shared,
-    stream: UnixStream,
-    name: &str,
-    catalog: &dyn ExportCatalog,
-    settings: &Settings,
-    names: &Arc<Names>,
-) -> io::Result<()> {
+fn connect(shared: &Shared, stream: UnixStream, name: &str, service: &Service) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     *shared.current.lock() = Some(stream.try_clone()?);
     // After it can be seen: who stops us either finds it there, or has set the flag before.
@@ -351,9 +371,10 @@ fn connect(
         Err(_) => Peer::Unknown,
     };
     let refused = |refusal: Refusal| io::Error::other(format!("refused ({refusal:?})"));
-    let export = catalog.open(name, &peer).map_err(refused)?;
+    let export = service.catalog.open(name, &peer).map_err(refused)?;
+    let pool = service.pool(&**export.device())?;
     let link = SocketLink(stream.try_clone()?);
     let entered = export.enter_linked(peer, Some(Box::new(link))).map_err(refused)?;
-    serve(stream, entered, settings, names, &shared.channel);
+    serve(stream, entered, &service.settings, pool, &shared.channel);
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! One frontend's connection: what it says about memory, rings and descriptors, and the workers that serve them.
+//! One frontend's connection: what it says about memory, rings and descriptors, and the queues the pool serves.
 //!
 //! The messages are read and checked by the `vhost` crate. Two parts of the protocol are ours, because neither `vhost`
 //! nor `vhost-user-backend` has them: the record of requests in flight, and telling the frontend that the configuration
@@ -21,14 +21,14 @@ use vhost::vhost_user::{
     BackendReqHandler, Error as VhostError, GpuBackend, Result as VhostResult, VhostUserBackendReqHandlerMut,
 };
 
+use super::Settings;
 use super::inflight::{self, Inflight};
 use super::log::Log;
 use super::memory::{Memory, Place};
+use super::pool::{Pool, Slot};
 use super::queue::{Context, Queue};
 use super::request::{self, feature};
 use super::ring::MAX_QUEUE_SIZE;
-use super::worker::{Slot, Worker};
-use super::{Names, Settings};
 use crate::registry::Entered;
 
 /// Regions of memory a frontend may have: what QEMU and its own library agree on.
@@ -58,7 +58,7 @@ impl Channel {
 }
 
 /// Serves a connected frontend until it leaves, is told to, or breaks the protocol.
-pub(crate) fn serve(stream: UnixStream, entered: Entered, settings: &Settings, names: &Arc<Names>, channel: &Channel) {
+pub(crate) fn serve(stream: UnixStream, entered: Entered, settings: &Settings, pool: Arc<Pool>, channel: &Channel) {
     let name = entered.export.name().to_owned();
     let peek = match stream.try_clone() {
         Ok(peek) => peek,
@@ -67,7 +67,7 @@ pub(crate) fn serve(stream: UnixStream, entered: Entered, settings: &Settings, n
             return;
         }
     };
-    let device = Arc::new(Mutex::new(Device::new(entered, settings.clone(), Arc::clone(names))));
+    let device = Arc::new(Mutex::new(Device::new(entered, settings.clone(), pool)));
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(&device));
     tracing::debug!(export = name, "frontend connected");
     loop {
@@ -114,10 +114,8 @@ fn channel_offered(socket: &UnixStream) -> io::Result<Option<OwnedFd>> {
 struct Device {
     entered: Entered,
     settings: Settings,
-    names: Arc<Names>,
+    pool: Arc<Pool>,
     slots: Vec<Arc<Slot>>,
-    /// Started when the first of their queues is.
-    workers: Vec<Option<Worker>>,
     memory: Memory,
     features: u64,
     inflight: Option<Inflight>,
@@ -129,27 +127,16 @@ fn invalid(what: &str) -> VhostError {
 }
 
 impl Device {
-    fn new(entered: Entered, settings: Settings, names: Arc<Names>) -> Device {
+    fn new(entered: Entered, settings: Settings, pool: Arc<Pool>) -> Device {
         let context = Arc::new(Context {
             export: Arc::clone(&entered.export),
             name: super::device_name(entered.export.name()),
             space_wait: settings.space_wait,
             observer: settings.observer.clone(),
         });
-        let queue = |index| Arc::new(Slot::new(Queue::new(Arc::clone(&context), index)));
+        let queue = |index| pool.enlist(Queue::new(Arc::clone(&context), index), Arc::clone(&entered.export));
         let slots = (0..settings.queues).map(queue).collect();
-        let workers = (0..settings.workers.min(settings.queues).max(1)).map(|_| None).collect();
-        Device {
-            entered,
-            settings,
-            names,
-            slots,
-            workers,
-            memory: Memory::default(),
-            features: 0,
-            inflight: None,
-            log: None,
-        }
+        Device { entered, settings, pool, slots, memory: Memory::default(), features: 0, inflight: None, log: None }
     }
 
     fn offered(&self) -> u64 {
@@ -158,9 +145,8 @@ impl Device {
 
     /// Ends everything; afterwards no thread uses the device or the guest's memory.
     fn close(&mut self) {
-        self.workers.iter_mut().filter_map(Option::take).for_each(Worker::join);
         for slot in &self.slots {
-            slot.change(Queue::close);
+            self.pool.close(slot);
         }
         self.memory = Memory::default();
     }
@@ -169,13 +155,9 @@ impl Device {
         self.slots.get(index).ok_or(VhostError::InvalidParam)
     }
 
-    /// Changes a queue and has its worker look at it.
+    /// Changes a queue and has a thread look at it.
     fn change<R>(&self, index: usize, change: impl FnOnce(&mut Queue) -> R) -> VhostResult<R> {
-        let result = self.slot(index)?.change(change);
-        if let Some(worker) = &self.workers[index % self.workers.len()] {
-            worker.wake();
-        }
-        Ok(result)
+        Ok(self.pool.change(self.slot(index)?, change))
     }
 
     fn change_all(&self, change: impl Fn(&mut Queue)) {
@@ -188,18 +170,6 @@ impl Device {
         // A queue that was asked to stop using the old memory has stopped when `change` returns.
         self.change_all(|queue| queue.memory = memory.clone());
         self.memory = memory;
-    }
-
-    fn start_worker(&mut self, index: usize) -> VhostResult<()> {
-        let group = index % self.workers.len();
-        if self.workers[group].is_none() {
-            let slots = self.slots.iter().skip(group).step_by(self.workers.len()).cloned().collect();
-            let export = Arc::clone(&self.entered.export);
-            let worker = Worker::start(self.names.next("vu"), slots, export, self.settings.spin)
-                .map_err(VhostError::ReqHandlerError)?;
-            self.workers[group] = Some(worker);
-        }
-        Ok(())
     }
 }
 
@@ -220,10 +190,10 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn reset_device(&mut self) -> VhostResult<()> {
-        self.change_all(|queue| {
-            queue.stop();
-            queue.enable(false);
-        });
+        for slot in &self.slots {
+            self.pool.stop(slot);
+        }
+        self.change_all(|queue| queue.enable(false));
         self.features = 0;
         Ok(())
     }
@@ -320,21 +290,17 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn get_vring_base(&mut self, index: u32) -> VhostResult<VhostUserVringState> {
-        let base = self.change(index as usize, Queue::stop)?;
+        let base = self.pool.stop(self.slot(index as usize)?);
         Ok(VhostUserVringState::new(index, u32::from(base)))
     }
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
         let index = usize::from(index);
-        let kick = file.map(not_blocking).transpose()?.map(Arc::new);
-        let started = self.slot(index)?.change(|queue| queue.is_started());
-        if !started {
-            self.start_worker(index)?;
-        }
+        let kick = file.map(not_blocking).transpose()?;
+        self.pool.set_kick(self.slot(index)?, kick).map_err(VhostError::ReqHandlerError)?;
         let inflight = self.inflight.clone();
         self.change(index, |queue| {
-            queue.kick = kick;
-            if started {
+            if queue.is_started() {
                 return Ok(());
             }
             if queue.layout.size == 0 {
