@@ -28,6 +28,9 @@ pub(crate) const HUGE: usize = 2 << 20;
 /// What the tables beside frames come in.
 const SMALL: usize = 4096;
 
+/// Cache lines of a frame that are asked for before they are read; the processor then goes on by itself.
+const PREFETCHED: usize = 8;
+
 /// Asks the processor to bring the cache line at an address near. A hint: whatever the address, nothing else happens.
 #[inline]
 pub(crate) fn prefetch(address: usize) {
@@ -230,6 +233,22 @@ impl Blocks {
     pub(crate) fn with<R>(&self, frame: u32, look: impl FnOnce(&[u8; BLOCK]) -> R) -> R {
         // SAFETY: by the frame rule nobody writes this frame during the call; the reference cannot leave it.
         look(unsafe { &*self.frame(frame).cast::<[u8; BLOCK]>() })
+    }
+
+    /// Asks for the front of a frame, which the processor does not see coming behind the frame before.
+    #[inline]
+    pub(crate) fn prefetch(&self, frame: u32) {
+        let at = self.0.base.as_ptr().addr().wrapping_add(frame as usize * BLOCK);
+        (0..PREFETCHED).for_each(|line| prefetch(at.wrapping_add(line * 64)));
+    }
+
+    /// Shows the bytes of a frame and of those behind it, `frames` in all, which the caller keeps alive.
+    #[inline]
+    pub(crate) fn with_run<R>(&self, frame: u32, frames: usize, look: impl FnOnce(&[u8]) -> R) -> R {
+        assert!(frames <= self.0.len / BLOCK - frame as usize);
+        // SAFETY: the frames lie within the arena; by the frame rule nobody writes them during the call; the reference
+        // cannot leave it.
+        look(unsafe { std::slice::from_raw_parts(self.frame(frame), frames * BLOCK) })
     }
 
     /// Takes the memory of these frames, which are in nobody's hands, from the machine now.

@@ -73,7 +73,7 @@ const KEEP_NODES: usize = 262_144;
 /// What a node costs at most, in bytes.
 pub(crate) const NODE_COST: u64 = NODE_BYTES + BESIDE_NODE;
 
-static ZEROES: [u8; BLOCK] = [0; BLOCK];
+static ZEROES: [u8; 16 * BLOCK] = [0; 16 * BLOCK];
 
 const BLOCK_BYTES: u64 = BLOCK as u64;
 pub(crate) const LEAF_BLOCKS: u64 = FANOUT as u64;
@@ -485,18 +485,35 @@ impl Engine {
             let tree = map.stripes[stripe].0.read();
             tree.check_open()?;
             let leaf = self.leaf(&tree, index);
+            if leaf == 0 {
+                for at in (done..end).step_by(ZEROES.len()) {
+                    sink(at, &ZEROES[..(end - at).min(ZEROES.len() as u64) as usize]);
+                }
+                done = end;
+                continue;
+            }
+            let entries = self.nodes.entries(leaf);
+            let marked = self.frames.marks.armed();
             while done < end {
-                let piece = ((end - done) as usize).min(BLOCK - from);
-                let frame = if leaf == 0 { 0 } else { self.nodes.entries(leaf)[at].load(Relaxed) };
+                let frame = entries[at].load(Relaxed);
+                // neighbours of the disk that are neighbours in memory, or all zero, are shown at once
+                let next = |run: usize| if frame == 0 { 0 } else { frame + run as u32 };
+                let most = if marked && frame != 0 { 1 } else { (from + (end - done) as usize).div_ceil(BLOCK) };
+                let most = most.min(if frame == 0 { ZEROES.len() / BLOCK } else { FANOUT });
+                let run = (1..most).find(|&run| entries[at + run].load(Relaxed) != next(run)).unwrap_or(most);
+                let piece = ((end - done) as usize).min(run * BLOCK - from);
+                if done + (piece as u64) < end {
+                    self.frames.blocks.prefetch(entries[at + run].load(Relaxed));
+                }
                 if frame == 0 {
                     sink(done, &ZEROES[..piece]);
-                } else if self.frames.marks.armed() {
+                } else if marked {
                     self.read_frame(frame, from, &mut block[..piece])?;
                     sink(done, &block[..piece]);
                 } else {
-                    self.frames.blocks.with(frame, |bytes| sink(done, &bytes[from..from + piece]));
+                    self.frames.blocks.with_run(frame, run, |bytes| sink(done, &bytes[from..from + piece]));
                 }
-                (done, at, from) = (done + piece as u64, at + 1, 0);
+                (done, at, from) = (done + piece as u64, at + run, 0);
             }
         }
         Ok(())
