@@ -64,6 +64,8 @@ const CLOSED: u32 = u32::MAX;
 
 /// Bytes read under one hold of a stripe's lock: short enough that a writer waits some ten microseconds at most.
 const READ_HOLD: usize = 64 << 10;
+/// How many frames before it is released a frame's place in the index is asked for.
+const RELEASE_AHEAD: usize = 8;
 
 const NODE_BYTES: u64 = (FANOUT * size_of::<u32>()) as u64;
 const BESIDE_NODE: u64 = 4;
@@ -282,12 +284,13 @@ impl Engine {
         if before > 1 {
             return;
         }
-        for entry in self.nodes.entries(node) {
-            match entry.load(Relaxed) {
-                0 => {}
-                frame if level == 0 => self.release_frames(account, &[frame]),
-                child => self.release_node(account, child, level - 1),
-            }
+        let mut children = [0; FANOUT];
+        let entries = self.nodes.entries(node);
+        children.iter_mut().zip(entries).for_each(|(child, entry)| *child = entry.load(Relaxed));
+        if level == 0 {
+            self.release_frames(account, &children);
+        } else {
+            children.iter().for_each(|&child| self.release_node(account, child, level - 1));
         }
         if !account.keep_node(node) {
             self.put_node(node);
@@ -423,7 +426,19 @@ impl Engine {
     }
 
     fn release_frames(&self, account: &Account, frames: &[u32]) {
-        for &frame in frames.iter().filter(|&&frame| frame != 0) {
+        // Each is two trips to memory, one after the other: its words, then its place in the index. Both are begun early.
+        let ahead = |n: usize| frames.get(n).copied().filter(|&frame| frame != 0);
+        (0..2 * RELEASE_AHEAD).filter_map(ahead).for_each(|frame| self.prefetch_words(frame));
+        for (n, &frame) in frames.iter().enumerate() {
+            if let Some(frame) = ahead(n + 2 * RELEASE_AHEAD) {
+                self.prefetch_words(frame);
+            }
+            if let Some(frame) = ahead(n + RELEASE_AHEAD) {
+                self.prefetch_place(frame);
+            }
+            if frame == 0 {
+                continue;
+            }
             if let Some(freed) = self.release_frame_to(frame)
                 && !account.keep_frame(freed)
             {
