@@ -1,5 +1,5 @@
-//! Boot of 1 and of 6 real guests: from the memory-resident store over NBD, against qcow2 overlays on disk
-//! (cache=none, so every read is the disk's). One run, the two interleaved, median of the rounds.
+//! Boot of 1 and of 6 real guests: from the memory-resident store over vhost-user and over NBD, against qcow2 overlays on
+//! disk (cache=none, so every read is the disk's). One run, all interleaved, median of the rounds.
 //!
 //!     cargo bench -p muster-tests --bench boot [-- ROUNDS]
 //!
@@ -19,7 +19,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use muster_common::{ByteLen, Digest, VolumeId};
-use muster_export::{NbdConfig, NbdServer, Registry};
+use muster_export::{
+    NbdConfig, NbdServer, Registry,
+    vhost::{VhostConfig, VhostServer},
+};
 use muster_store::{Store, StoreConfig, VolumeSpec};
 use muster_tests::{Process, source_root};
 
@@ -28,8 +31,32 @@ const DEADLINE: Duration = Duration::from_secs(180);
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Source {
-    Store,
+    VhostUser,
+    Nbd,
     Qcow2,
+}
+
+impl Source {
+    const ALL: [Source; 3] = [Source::VhostUser, Source::Nbd, Source::Qcow2];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Source::VhostUser => "memory-resident store, vhost-user",
+            Source::Nbd => "memory-resident store, NBD",
+            Source::Qcow2 => "qcow2 overlay on disk, cache=none",
+        }
+    }
+}
+
+/// What everybody shares.
+struct Bench {
+    guest: PathBuf,
+    dir: tempfile::TempDir,
+    store: Store,
+    digest: Digest,
+    registry: Arc<Registry>,
+    socket: PathBuf,
+    vhost: VhostServer,
 }
 
 struct Round {
@@ -51,13 +78,16 @@ fn main() -> Result<()> {
     let socket = dir.path().join("nbd.sock");
     let server = NbdServer::start(NbdConfig::unix(&socket), registry.clone())?;
 
+    let vhost = VhostServer::start(VhostConfig::new(dir.path().join("vu")), registry.clone())?;
+    let bench = Bench { guest, dir, store, digest, registry, socket, vhost };
+
     println!("| guests | disk | first up, s | last up, s | read from disk |");
     println!("|---|---|---|---|---|");
     for guests in [1, 6] {
-        let mut results = [(Source::Store, Vec::new()), (Source::Qcow2, Vec::new())];
+        let mut results = Source::ALL.map(|source| (source, Vec::new()));
         for _ in 0..rounds {
             for (source, rounds) in &mut results {
-                rounds.push(round(*source, guests, &guest, dir.path(), &store, digest, &registry, &socket)?);
+                rounds.push(bench.round(*source, guests)?);
             }
         }
         for (source, mut rounds) in results {
@@ -65,10 +95,7 @@ fn main() -> Result<()> {
             let middle = &rounds[rounds.len() / 2];
             println!(
                 "| {guests} | {} | {:.1} | {:.1} | {} |",
-                match source {
-                    Source::Store => "memory-resident store, NBD",
-                    Source::Qcow2 => "qcow2 overlay on disk, cache=none",
-                },
+                source.as_str(),
                 middle.first.as_secs_f64(),
                 middle.last.as_secs_f64(),
                 ByteLen(middle.disk_bytes)
@@ -91,106 +118,117 @@ fn load(store: &Store, image: &Path) -> Result<Digest> {
     Ok(digest)
 }
 
-#[allow(clippy::too_many_arguments, reason = "a bench's one function that knows everything")]
-fn round(
-    source: Source,
-    guests: usize,
-    guest: &Path,
-    dir: &Path,
-    store: &Store,
-    image: Digest,
-    registry: &Registry,
-    socket: &Path,
-) -> Result<Round> {
-    let mut volumes = Vec::new();
-    let mut running = Vec::new();
-    let started = Instant::now();
-    for n in 0..guests {
-        let disk = match source {
-            Source::Store => {
-                let id = VolumeId::random();
-                let name = format!("{id}.0");
-                registry.add(&name, store.create_volume(VolumeSpec::clone_of(id, image))?)?;
-                let options = format!(
-                    "driver=raw,node-name=disk,cache.direct=on,file.driver=nbd,file.server.type=unix,file.server.path={},file.export={name}",
-                    socket.display()
-                );
-                volumes.push((id, name));
-                options
-            }
-            Source::Qcow2 => {
-                let overlay = dir.join(format!("overlay{n}.qcow2"));
-                let made = Command::new("qemu-img")
-                    .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
-                    .args([&guest.join("debian.raw"), &overlay])
-                    .status()?;
-                ensure!(made.success(), "qemu-img create failed");
-                format!(
-                    "driver=qcow2,node-name=disk,cache.direct=on,file.driver=file,file.cache.direct=on,file.filename={}",
-                    overlay.display()
-                )
-            }
-        };
-        running.push(start(guest, dir, n, &disk)?);
+impl Bench {
+    fn round(&self, source: Source, guests: usize) -> Result<Round> {
+        let mut volumes = Vec::new();
+        let mut running = Vec::new();
+        let started = Instant::now();
+        for n in 0..guests {
+            let disk = match source {
+                Source::VhostUser | Source::Nbd => {
+                    let id = VolumeId::random();
+                    let name = format!("{id}.0");
+                    let volume = self.store.create_volume(VolumeSpec::clone_of(id, self.digest))?;
+                    self.registry.add(&name, volume)?;
+                    volumes.push((id, name.clone()));
+                    self.disk_of(source, &name)?
+                }
+                Source::Qcow2 => self.overlay(n)?,
+            };
+            running.push(self.start(n, &disk)?);
+        }
+        let up = self.wait_for_agents(guests, started)?;
+        let mut disk_bytes = 0;
+        for process in &running {
+            disk_bytes += read_bytes(process.id())?;
+        }
+        drop(running);
+        for (id, name) in volumes {
+            // those over NBD are not known there
+            let _ = self.vhost.withdraw(&name, Duration::from_secs(5));
+            self.registry.remove(&name, Duration::from_secs(5))?;
+            self.store.delete_volume(id)?;
+        }
+        Ok(Round { first: up[0], last: up[up.len() - 1], disk_bytes })
     }
-    let mut up = Vec::new();
-    let mut waiting: Vec<usize> = (0..guests).collect();
-    while !waiting.is_empty() {
-        ensure!(started.elapsed() < DEADLINE, "guests {waiting:?} did not come up within {DEADLINE:?}");
-        waiting.retain(|n| {
-            let answers = agent_answers(&agent_socket(dir, *n));
-            if answers {
-                up.push(started.elapsed());
-            }
-            !answers
-        });
-    }
-    let mut disk_bytes = 0;
-    for process in &running {
-        disk_bytes += read_bytes(process.id())?;
-    }
-    drop(running);
-    for (id, name) in volumes {
-        registry.remove(&name, Duration::from_secs(5))?;
-        store.delete_volume(id)?;
-    }
-    Ok(Round { first: up[0], last: up[up.len() - 1], disk_bytes })
-}
 
-fn agent_socket(dir: &Path, n: usize) -> PathBuf {
-    dir.join(format!("agent{n}.sock"))
-}
-
-fn start(guest: &Path, dir: &Path, n: usize, disk: &str) -> Result<Process> {
-    let socket = agent_socket(dir, n);
-    let _ = fs::remove_file(&socket);
-    let cmdline = fs::read_to_string(guest.join("cmdline"))?;
-    let mut command = Command::new("qemu-system-x86_64");
-    command
-        .args([
-            "-machine",
-            "q35,accel=tcg",
-            "-cpu",
-            "max",
-            "-m",
-            "256",
-            "-display",
-            "none",
-            "-nodefaults",
-            "-no-user-config",
+    /// QEMU's words for a disk of the store.
+    fn disk_of(&self, source: Source, name: &str) -> Result<Vec<String>> {
+        if source == Source::Nbd {
+            let socket = self.socket.display();
+            let server = format!("file.driver=nbd,file.server.type=unix,file.server.path={socket},file.export={name}");
+            return Ok(block_device(&format!("driver=raw,{server}")));
+        }
+        let socket = self.vhost.serve(name)?;
+        Ok(vec![
+            "-object".into(),
+            "memory-backend-memfd,id=ram,size=256M,share=on".into(),
+            "-machine".into(),
+            "memory-backend=ram".into(),
+            "-chardev".into(),
+            format!("socket,id=disk,path={}", socket.display()),
+            "-device".into(),
+            "vhost-user-blk-pci,chardev=disk,num-queues=1".into(),
         ])
-        .args(["-serial", "null", "-monitor", "none", "-blockdev", disk, "-device", "virtio-blk-pci,drive=disk"])
-        .arg("-kernel")
-        .arg(guest.join("vmlinuz"))
-        .arg("-initrd")
-        .arg(guest.join("initramfs"))
-        .args(["-append", cmdline.trim(), "-device", "virtio-serial"])
-        .arg("-chardev")
-        .arg(format!("socket,id=agent,server=on,wait=off,path={}", socket.display()))
-        .args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
-    Process::spawn(&mut command).context("start qemu-system-x86_64")
+    }
+
+    fn overlay(&self, n: usize) -> Result<Vec<String>> {
+        let overlay = self.dir.path().join(format!("overlay{n}.qcow2"));
+        let made = Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+            .args([&self.guest.join("debian.raw"), &overlay])
+            .status()?;
+        ensure!(made.success(), "qemu-img create failed");
+        let file = format!("file.driver=file,file.cache.direct=on,file.filename={}", overlay.display());
+        Ok(block_device(&format!("driver=qcow2,{file}")))
+    }
+
+    fn wait_for_agents(&self, guests: usize, started: Instant) -> Result<Vec<Duration>> {
+        let mut up = Vec::new();
+        let mut waiting: Vec<usize> = (0..guests).collect();
+        while !waiting.is_empty() {
+            ensure!(started.elapsed() < DEADLINE, "guests {waiting:?} did not come up within {DEADLINE:?}");
+            waiting.retain(|n| {
+                let answers = agent_answers(&self.agent_socket(*n));
+                if answers {
+                    up.push(started.elapsed());
+                }
+                !answers
+            });
+        }
+        Ok(up)
+    }
+
+    fn agent_socket(&self, n: usize) -> PathBuf {
+        self.dir.path().join(format!("agent{n}.sock"))
+    }
+
+    fn start(&self, n: usize, disk: &[String]) -> Result<Process> {
+        let socket = self.agent_socket(n);
+        let _ = fs::remove_file(&socket);
+        let cmdline = fs::read_to_string(self.guest.join("cmdline"))?;
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-machine", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-display", "none", "-nodefaults"])
+            .args(["-no-user-config", "-serial", "null", "-monitor", "none"])
+            .args(disk)
+            .arg("-kernel")
+            .arg(self.guest.join("vmlinuz"))
+            .arg("-initrd")
+            .arg(self.guest.join("initramfs"))
+            .args(["-append", cmdline.trim(), "-device", "virtio-serial"])
+            .arg("-chardev")
+            .arg(format!("socket,id=agent,server=on,wait=off,path={}", socket.display()))
+            .args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        Process::spawn(&mut command).context("start qemu-system-x86_64")
+    }
+}
+
+fn block_device(node: &str) -> Vec<String> {
+    let node = format!("{node},node-name=disk,cache.direct=on");
+    ["-blockdev", &node, "-device", "virtio-blk-pci,drive=disk"].map(String::from).into()
 }
 
 /// One `guest-ping`, answered within a quarter of a second.
