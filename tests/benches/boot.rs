@@ -9,15 +9,13 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
+    path::PathBuf,
+    process::Command,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use muster_common::{ByteLen, Digest, VolumeId};
 use muster_export::{
     NbdConfig, NbdServer, Registry,
@@ -25,6 +23,8 @@ use muster_export::{
 };
 use muster_store::{Store, StoreConfig, VolumeSpec};
 use muster_tests::{Process, source_root};
+
+mod guest;
 
 /// No guest takes longer than this on two cores, six at once.
 const DEADLINE: Duration = Duration::from_secs(180);
@@ -73,7 +73,7 @@ fn main() -> Result<()> {
     let dir = tempfile::tempdir()?;
 
     let store = Store::open(StoreConfig::new(ByteLen::gib(2)))?;
-    let digest = load(&store, &image)?;
+    let digest = guest::load(&store, &image)?;
     let registry = Arc::new(Registry::new());
     let socket = dir.path().join("nbd.sock");
     let server = NbdServer::start(NbdConfig::unix(&socket), registry.clone())?;
@@ -106,18 +106,6 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Fills the store with a raw image. Its digest is that of the file: enough to name it here.
-fn load(store: &Store, image: &Path) -> Result<Digest> {
-    let bytes = fs::read(image)?;
-    let digest = Digest::from_bytes([7; 32]);
-    let builder = store.image_builder(digest, "debian", ByteLen(bytes.len() as u64))?;
-    for (i, chunk) in bytes.chunks(1 << 20).enumerate() {
-        builder.write_chunk((i as u64) << 20, chunk)?;
-    }
-    builder.finish()?;
-    Ok(digest)
-}
-
 impl Bench {
     fn round(&self, source: Source, guests: usize) -> Result<Round> {
         let mut volumes = Vec::new();
@@ -140,7 +128,7 @@ impl Bench {
         let up = self.wait_for_agents(guests, started)?;
         let mut disk_bytes = 0;
         for process in &running {
-            disk_bytes += read_bytes(process.id())?;
+            disk_bytes += guest::read_bytes(process.id())?;
         }
         drop(running);
         for (id, name) in volumes {
@@ -155,9 +143,7 @@ impl Bench {
     /// QEMU's words for a disk of the store.
     fn disk_of(&self, source: Source, name: &str) -> Result<Vec<String>> {
         if source == Source::Nbd {
-            let socket = self.socket.display();
-            let server = format!("file.driver=nbd,file.server.type=unix,file.server.path={socket},file.export={name}");
-            return Ok(block_device(&format!("driver=raw,{server}")));
+            return Ok(guest::nbd_disk(&self.socket, name));
         }
         let socket = self.vhost.serve(name)?;
         Ok(vec![
@@ -180,7 +166,7 @@ impl Bench {
             .status()?;
         ensure!(made.success(), "qemu-img create failed");
         let file = format!("file.driver=file,file.cache.direct=on,file.filename={}", overlay.display());
-        Ok(block_device(&format!("driver=qcow2,{file}")))
+        Ok(guest::block_device(&format!("driver=qcow2,{file}")))
     }
 
     fn wait_for_agents(&self, guests: usize, started: Instant) -> Result<Vec<Duration>> {
@@ -189,7 +175,7 @@ impl Bench {
         while !waiting.is_empty() {
             ensure!(started.elapsed() < DEADLINE, "guests {waiting:?} did not come up within {DEADLINE:?}");
             waiting.retain(|n| {
-                let answers = agent_answers(&self.agent_socket(*n));
+                let answers = guest::agent_answers(&self.agent_socket(*n));
                 if answers {
                     up.push(started.elapsed());
                 }
@@ -206,44 +192,6 @@ impl Bench {
     fn start(&self, n: usize, disk: &[String]) -> Result<Process> {
         let socket = self.agent_socket(n);
         let _ = fs::remove_file(&socket);
-        let cmdline = fs::read_to_string(self.guest.join("cmdline"))?;
-        let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(["-machine", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-display", "none", "-nodefaults"])
-            .args(["-no-user-config", "-serial", "null", "-monitor", "none"])
-            .args(disk)
-            .arg("-kernel")
-            .arg(self.guest.join("vmlinuz"))
-            .arg("-initrd")
-            .arg(self.guest.join("initramfs"))
-            .args(["-append", cmdline.trim(), "-device", "virtio-serial"])
-            .arg("-chardev")
-            .arg(format!("socket,id=agent,server=on,wait=off,path={}", socket.display()))
-            .args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null());
-        Process::spawn(&mut command).context("start qemu-system-x86_64")
+        guest::start(&self.guest, &socket, disk)
     }
-}
-
-fn block_device(node: &str) -> Vec<String> {
-    let node = format!("{node},node-name=disk,cache.direct=on");
-    ["-blockdev", &node, "-device", "virtio-blk-pci,drive=disk"].map(String::from).into()
-}
-
-/// One `guest-ping`, answered within a quarter of a second.
-fn agent_answers(socket: &Path) -> bool {
-    let Ok(mut stream) = UnixStream::connect(socket) else { return false };
-    let asked = stream
-        .set_read_timeout(Some(Duration::from_millis(250)))
-        .and_then(|()| stream.write_all(b"{\"execute\":\"guest-ping\"}\n"));
-    let mut line = String::new();
-    asked.is_ok() && BufReader::new(stream).read_line(&mut line).is_ok_and(|n| n > 0) && line.contains("return")
-}
-
-/// Bytes a process has caused to be read from block devices (proc(5), /proc/pid/io).
-fn read_bytes(pid: u32) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/io"))?;
-    let line = text.lines().find_map(|l| l.strip_prefix("read_bytes: ")).context("read_bytes in /proc/pid/io")?;
-    Ok(line.trim().parse()?)
 }

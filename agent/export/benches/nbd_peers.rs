@@ -12,8 +12,8 @@
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,10 @@ use muster_block::model::MemoryDevice;
 use muster_common::{ByteLen, VolumeId};
 use muster_export::{NbdConfig, NbdServer, Registry};
 use muster_store::{Store, StoreConfig, VolumeSpec};
+
+mod peers;
+
+use peers::{Peer, Tmpfs};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -77,50 +81,6 @@ fn settings() -> Result<Settings> {
         }
     }
     Ok(settings)
-}
-
-/// A child that is ended with us.
-struct Peer(Child);
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A tmpfs of our own where we may mount one, else the machine's.
-struct Tmpfs {
-    path: PathBuf,
-    mounted: bool,
-}
-
-impl Tmpfs {
-    fn new(at: &Path) -> Result<Tmpfs> {
-        std::fs::create_dir(at)?;
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "muster-bench"])
-            .arg(at)
-            .stderr(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success());
-        if mounted {
-            return Ok(Tmpfs { path: at.to_owned(), mounted });
-        }
-        let path = PathBuf::from(format!("/dev/shm/muster-bench-{}", std::process::id()));
-        std::fs::create_dir(&path)?;
-        Ok(Tmpfs { path, mounted })
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        if self.mounted {
-            let _ = Command::new("umount").arg(&self.path).status();
-        } else {
-            let _ = std::fs::remove_dir_all(&self.path);
-        }
-    }
 }
 
 fn main() -> Result<()> {

@@ -16,8 +16,8 @@ mod frontend;
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,10 @@ use muster_export::Registry;
 use muster_export::vhost::{VhostConfig, VhostServer};
 use muster_store::{Store, StoreConfig, VolumeSpec};
 use parking_lot::RwLock;
+
+mod peers;
+
+use peers::{Peer, Tmpfs};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -129,50 +133,6 @@ impl BlockDevice for Ram {
         out.clear();
         Extent::push(out, len, ExtentKind::Data);
         Ok(())
-    }
-}
-
-/// A child that is ended with us.
-struct Peer(Child);
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A tmpfs of our own where we may mount one, else the machine's.
-struct Tmpfs {
-    path: PathBuf,
-    mounted: bool,
-}
-
-impl Tmpfs {
-    fn new(at: &Path) -> Result<Tmpfs> {
-        std::fs::create_dir(at)?;
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "muster-bench"])
-            .arg(at)
-            .stderr(Stdio::null())
-            .status()
-            .is_ok_and(|status| status.success());
-        if mounted {
-            return Ok(Tmpfs { path: at.to_owned(), mounted });
-        }
-        let path = PathBuf::from(format!("/dev/shm/muster-bench-{}", std::process::id()));
-        std::fs::create_dir(&path)?;
-        Ok(Tmpfs { path, mounted })
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        if self.mounted {
-            let _ = Command::new("umount").arg(&self.path).status();
-        } else {
-            let _ = std::fs::remove_dir_all(&self.path);
-        }
     }
 }
 

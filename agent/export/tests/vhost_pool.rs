@@ -43,41 +43,14 @@ fn memory() -> Arc<dyn BlockDevice> {
     Arc::new(MemoryDevice::new(ByteLen::mib(4)))
 }
 
-/// Reads do not return before they are let, and say that one has come.
-struct Held {
+/// Memory, and something that is done at each read.
+struct Around<F> {
     disk: MemoryDevice,
     waits: bool,
-    inside: AtomicBool,
-    let_go: Mutex<bool>,
-    change: Condvar,
+    before_read: F,
 }
 
-impl Held {
-    fn new(waits: bool) -> Arc<Held> {
-        Arc::new(Held {
-            disk: MemoryDevice::new(ByteLen::mib(4)),
-            waits,
-            inside: AtomicBool::new(false),
-            let_go: Mutex::new(false),
-            change: Condvar::new(),
-        })
-    }
-
-    fn wait_until_inside(&self) {
-        let deadline = Instant::now() + LONG;
-        while !self.inside.load(Ordering::Acquire) {
-            assert!(Instant::now() < deadline, "no read came");
-            std::thread::yield_now();
-        }
-    }
-
-    fn let_go(&self) {
-        *self.let_go.lock() = true;
-        self.change.notify_all();
-    }
-}
-
-impl BlockDevice for Held {
+impl<F: Fn() + Send + Sync> BlockDevice for Around<F> {
     fn geometry(&self) -> Geometry {
         self.disk.geometry()
     }
@@ -85,11 +58,7 @@ impl BlockDevice for Held {
         self.waits
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
-        let mut let_go = self.let_go.lock();
-        self.inside.store(true, Ordering::Release);
-        while !*let_go {
-            self.change.wait(&mut let_go);
-        }
+        (self.before_read)();
         self.disk.read_at(offset, buf)
     }
     fn write_at(&self, offset: u64, data: &[u8], flags: WriteFlags) -> Result<(), BlockError> {
@@ -109,11 +78,47 @@ impl BlockDevice for Held {
     }
 }
 
+/// Lets nobody through before it is opened, and says that one has come.
+#[derive(Default)]
+struct Gate {
+    reached: AtomicBool,
+    open: Mutex<bool>,
+    change: Condvar,
+}
+
+impl Gate {
+    fn pass(&self) {
+        let mut open = self.open.lock();
+        self.reached.store(true, Ordering::Release);
+        while !*open {
+            self.change.wait(&mut open);
+        }
+    }
+
+    fn wait_until_reached(&self) {
+        let deadline = Instant::now() + LONG;
+        while !self.reached.load(Ordering::Acquire) {
+            assert!(Instant::now() < deadline, "no read came");
+            std::thread::yield_now();
+        }
+    }
+
+    fn open(&self) {
+        *self.open.lock() = true;
+        self.change.notify_all();
+    }
+}
+
 /// A read of the held disk is under way; the others' answers come all the same.
 fn others_go_on(threads: u16, waits: bool) {
     let hall = Hall::new(threads);
-    let held = Held::new(waits);
-    let one = hall.connect("held.1", held.clone(), Options::default());
+    let gate = Arc::new(Gate::default());
+    let before_read = {
+        let gate = gate.clone();
+        move || gate.pass()
+    };
+    let held = Arc::new(Around { disk: MemoryDevice::new(ByteLen::mib(4)), waits, before_read });
+    let one = hall.connect("held.1", held, Options::default());
     let mut others: Vec<Client> = (0..6)
         .map(|n| hall.connect(&format!("other.{n}"), memory(), Options { queues: 2, ..Options::default() }))
         .collect();
@@ -124,7 +129,7 @@ fn others_go_on(threads: u16, waits: bool) {
         queue.publish();
         slot
     };
-    held.wait_until_inside();
+    gate.wait_until_reached();
     for round in 0..200u8 {
         for client in &others {
             for queue in &client.queues {
@@ -140,7 +145,7 @@ fn others_go_on(threads: u16, waits: bool) {
     drop(others.pop());
     let late = hall.connect("late.1", memory(), Options::default());
     assert_eq!(late.queues[0].lock().write(0, &[1; 512]), OK);
-    held.let_go();
+    gate.open();
     let done = one.queues[0].lock().wait(Instant::now() + LONG).unwrap();
     assert_eq!((done.slot, done.status), (slot, OK));
     drop((one, others, late));
@@ -157,43 +162,6 @@ fn a_disk_that_may_wait_has_threads_of_its_own() {
     others_go_on(1, true);
 }
 
-/// Counts the reads that came to others between two of its own.
-struct Fair {
-    disk: MemoryDevice,
-    all: Arc<AtomicU64>,
-    last: AtomicU64,
-    longest: Arc<AtomicU64>,
-}
-
-impl BlockDevice for Fair {
-    fn geometry(&self) -> Geometry {
-        self.disk.geometry()
-    }
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {
-        let now = self.all.fetch_add(1, Ordering::Relaxed);
-        let last = self.last.swap(now, Ordering::Relaxed);
-        if last > 0 {
-            self.longest.fetch_max(now - last, Ordering::Relaxed);
-        }
-        self.disk.read_at(offset, buf)
-    }
-    fn write_at(&self, offset: u64, data: &[u8], flags: WriteFlags) -> Result<(), BlockError> {
-        self.disk.write_at(offset, data, flags)
-    }
-    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<(), BlockError> {
-        self.disk.write_zeroes(offset, len, flags)
-    }
-    fn trim(&self, offset: u64, len: u64) -> Result<(), BlockError> {
-        self.disk.trim(offset, len)
-    }
-    fn flush(&self) -> Result<(), BlockError> {
-        self.disk.flush()
-    }
-    fn block_status(&self, offset: u64, len: u64, out: &mut Vec<Extent>) -> Result<(), BlockError> {
-        self.disk.block_status(offset, len, out)
-    }
-}
-
 #[test]
 fn one_thread_serves_full_queues_in_turn() {
     const DISKS: u64 = 24;
@@ -203,8 +171,16 @@ fn one_thread_serves_full_queues_in_turn() {
     let (all, longest) = (Arc::new(AtomicU64::new(1)), Arc::new(AtomicU64::new(0)));
     let clients: Vec<Client> = (0..DISKS)
         .map(|n| {
-            let disk = MemoryDevice::new(ByteLen::mib(4));
-            let fair = Fair { disk, all: all.clone(), last: AtomicU64::new(0), longest: longest.clone() };
+            let (all, longest, last) = (all.clone(), longest.clone(), AtomicU64::new(0));
+            // reads that came to others between two of its own
+            let before_read = move || {
+                let now = all.fetch_add(1, Ordering::Relaxed);
+                let last = last.swap(now, Ordering::Relaxed);
+                if last > 0 {
+                    longest.fetch_max(now - last, Ordering::Relaxed);
+                }
+            };
+            let fair = Around { disk: MemoryDevice::new(ByteLen::mib(4)), waits: false, before_read };
             hall.connect(&format!("disk.{n}"), Arc::new(fair), Options { slot_bytes: 4096, ..Options::default() })
         })
         .collect();

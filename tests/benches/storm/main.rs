@@ -26,8 +26,6 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
@@ -42,11 +40,13 @@ use muster_export::{
     vhost::{VhostConfig, VhostServer},
 };
 use muster_store::{Store, StoreConfig, VolumeSpec};
-use muster_tests::{Process, source_root, wait_for};
+use muster_tests::{source_root, wait_for};
 
 mod clients;
 #[path = "../../../agent/export/tests/frontend/mod.rs"]
 mod frontend;
+#[path = "../guest/mod.rs"]
+mod guest;
 #[path = "../nbd/mod.rs"]
 mod nbd;
 mod peers;
@@ -102,7 +102,7 @@ fn main() -> Result<()> {
     // difference files are made beside what is served
     let dir = tempfile::Builder::new().prefix("storm").tempdir()?;
     let store = Store::open(StoreConfig::new(ByteLen::gib(4)))?;
-    let digest = load(&store, &image)?;
+    let digest = guest::load(&store, &image)?;
     let registry = Arc::new(Registry::new());
     let socket = dir.path().join("muster.sock");
     let server = NbdServer::start(NbdConfig::unix(&socket), registry.clone())?;
@@ -190,28 +190,16 @@ fn load_average() -> String {
     text.split(' ').next().unwrap_or_default().to_string()
 }
 
-/// Fills the store with a raw image. Its digest is not that of the bytes: it only names it here.
-fn load(store: &Store, image: &Path) -> Result<Digest> {
-    let bytes = fs::read(image)?;
-    let digest = Digest::from_bytes([7; 32]);
-    let builder = store.image_builder(digest, "debian", ByteLen(bytes.len() as u64))?;
-    for (i, chunk) in bytes.chunks(1 << 20).enumerate() {
-        builder.write_chunk((i as u64) << 20, chunk)?;
-    }
-    builder.finish()?;
-    Ok(digest)
-}
-
 impl Bench {
-    fn record(&self, guest: &Path) -> Result<Trace> {
+    fn record(&self, images: &Path) -> Result<Trace> {
         let id = VolumeId::random();
         let name = format!("{id}.0");
         let volume = self.store.create_volume(VolumeSpec::clone_of(id, self.digest))?;
         let recorder = Arc::new(Recorder::new(volume, 1 << 20));
         self.registry.add(&name, recorder.clone())?;
         let agent = self.dir.path().join("agent.sock");
-        let process = start_guest(guest, &agent, &self.socket, &name)?;
-        wait_for("the guest's agent to answer", BOOT_LIMIT, || agent_answers(&agent).then_some(()));
+        let process = guest::start(images, &agent, &guest::nbd_disk(&self.socket, &name))?;
+        wait_for("the guest's agent to answer", BOOT_LIMIT, || guest::agent_answers(&agent).then_some(()));
         let trace = recorder.trace();
         drop(process);
         self.registry.remove(&name, Duration::from_secs(5))?;
@@ -278,37 +266,4 @@ fn processor_times() -> Result<(u64, u64)> {
     let all = ticks.iter().sum::<u64>();
     // idle and waiting for I/O
     Ok((all - ticks[3] - ticks[4], all))
-}
-
-fn start_guest(guest: &Path, agent: &Path, socket: &Path, export: &str) -> Result<Process> {
-    let cmdline = fs::read_to_string(guest.join("cmdline"))?;
-    let disk = format!(
-        "driver=raw,node-name=disk,cache.direct=on,discard=unmap,file.driver=nbd,file.server.type=unix,file.server.path={},file.export={export}",
-        socket.display()
-    );
-    let mut command = Command::new("qemu-system-x86_64");
-    command
-        .args(["-machine", "q35,accel=tcg", "-cpu", "max", "-m", "256", "-display", "none", "-nodefaults"])
-        .args(["-no-user-config", "-serial", "null", "-monitor", "none", "-blockdev", &disk])
-        .args(["-device", "virtio-blk-pci,drive=disk", "-append", cmdline.trim(), "-device", "virtio-serial"])
-        .arg("-kernel")
-        .arg(guest.join("vmlinuz"))
-        .arg("-initrd")
-        .arg(guest.join("initramfs"))
-        .arg("-chardev")
-        .arg(format!("socket,id=agent,server=on,wait=off,path={}", agent.display()))
-        .args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
-    Process::spawn(&mut command).context("start qemu-system-x86_64")
-}
-
-/// One `guest-ping`, answered within a quarter of a second.
-fn agent_answers(socket: &Path) -> bool {
-    let Ok(mut stream) = UnixStream::connect(socket) else { return false };
-    let asked = stream
-        .set_read_timeout(Some(Duration::from_millis(250)))
-        .and_then(|()| stream.write_all(b"{\"execute\":\"guest-ping\"}\n"));
-    let mut line = String::new();
-    asked.is_ok() && BufReader::new(stream).read_line(&mut line).is_ok_and(|n| n > 0) && line.contains("return")
 }

@@ -12,7 +12,7 @@ use muster_common::VolumeId;
 use muster_store::VolumeSpec;
 use muster_tests::{Process, wait_for};
 
-use crate::{Bench, START_LIMIT, clients::Place};
+use crate::{Bench, START_LIMIT, clients::Place, guest};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
@@ -78,7 +78,7 @@ impl Served<'_> {
     /// Bytes its processes have caused to be read from block devices.
     pub fn disk_bytes(&self) -> Result<u64> {
         let pids = if self.volumes.is_empty() { self.pids() } else { vec![std::process::id()] };
-        pids.into_iter().map(read_bytes).sum()
+        pids.into_iter().map(guest::read_bytes).sum()
     }
 }
 
@@ -204,11 +204,4 @@ impl Bench {
         served.places.extend((0..clients).map(|_| Place::Nbd { socket: socket.clone(), export: "disk".to_string() }));
         Ok(())
     }
-}
-
-/// Bytes a process has caused to be read from block devices (proc(5), /proc/pid/io).
-fn read_bytes(pid: u32) -> Result<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/io"))?;
-    let line = text.lines().find_map(|l| l.strip_prefix("read_bytes: ")).context("read_bytes in /proc/pid/io")?;
-    Ok(line.trim().parse()?)
 }
