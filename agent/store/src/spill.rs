@@ -29,7 +29,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
 use crate::{
     arena::{BLOCK, Words},
@@ -56,6 +56,8 @@ pub(crate) struct Spill {
     locks: [Padded<Mutex<()>>; LOCKS],
     /// A bit a frame: used since the hand came by.
     used: Words,
+    /// When it was opened.
+    was_empty: bool,
     hand: Mutex<Hand>,
     written: AtomicU64,
     read: AtomicU64,
@@ -73,23 +75,42 @@ struct Hand {
 impl Spill {
     pub(crate) fn open(config: &SpillConfig, frames: u32, keep: bool) -> io::Result<Spill> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(!keep).mode(0o600);
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let direct = options.clone().custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32).open(&config.file);
         // tmpfs and some others refuse it
         let file = match direct {
             Ok(file) => file,
             Err(_) => options.open(&config.file)?,
         };
+        // before anything in it is thrown away
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(io::Error::other("it is in use by another process: each agent needs a file of its own"));
+        }
+        let was_empty = file.metadata()?.len() == 0;
+        if !keep {
+            file.set_len(0)?;
+        }
         Ok(Spill {
             file,
             path: config.file.clone(),
             limit: config.limit.bytes() / BLOCK as u64,
             locks: std::array::from_fn(|_| Padded::default()),
             used: Words::reserve(frames as usize / 32 + 1, None)?,
+            was_empty,
             hand: Mutex::default(),
             written: AtomicU64::new(0),
             read: AtomicU64::new(0),
         })
+    }
+
+    /// Nothing was in the file when it was opened.
+    pub(crate) fn was_empty(&self) -> bool {
+        self.was_empty
+    }
+
+    /// Frames that may be away.
+    pub(crate) fn limit(&self) -> u64 {
+        self.limit
     }
 
     /// From now on the hand goes over this map, too.
