@@ -15,7 +15,7 @@ use muster_idl::v1::{Outcome, Verb, VirtualSystem};
 use muster_store::{Store, StoreConfig};
 use support::{
     Controller, Depot, Place,
-    guest::{World, desk_template, guest_images},
+    guest::{World, desk_template, guest_images, in_own_process},
     network, vm_on,
 };
 
@@ -98,6 +98,9 @@ async fn start(network: &muster_bus::twin::Network, config: &Config, store: &Sto
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_running_guest_on_vhost_user_disks_sees_its_disks_grow() {
+    if !in_own_process("a_running_guest_on_vhost_user_disks_sees_its_disks_grow") {
+        return;
+    }
     let Some((mut d, agent)) = Desk::begin(71, TransportChoice::VhostUser).await else { return };
     assert_eq!(d.size("vdb").await, BEGIN);
     assert_eq!(d.resize("data", 96).await, "", "told, without a but");
@@ -149,6 +152,9 @@ async fn a_running_guest_on_vhost_user_disks_sees_its_disks_grow() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_guest_on_nbd_disks_sees_its_disk_grow_when_it_is_started_next() {
+    if !in_own_process("a_guest_on_nbd_disks_sees_its_disk_grow_when_it_is_started_next") {
+        return;
+    }
     let Some((mut d, agent)) = Desk::begin(72, TransportChoice::Nbd).await else { return };
     let said = d.resize("data", 96).await;
     assert!(said.contains("powered off and on"), "{said}");
