@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use muster_cim::DiskLimits;
 use muster_common::{ByteLen, Digest, ErrorCode};
 use muster_idl::arguments::{TemplateSpec, name};
 
-use crate::dispatcher::Order;
+use crate::{dispatcher::Order, records::DiskRole};
 
 /// An argument that is missing or makes no sense.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -49,6 +50,8 @@ pub struct Template {
     pub applications: Vec<(Digest, String)>,
     pub kernel: Option<Digest>,
     pub initrd: Option<Digest>,
+    pub system_limits: DiskLimits,
+    pub data_limits: DiskLimits,
 }
 
 fn required<'a>(order: &'a Order, name: &'static str) -> Result<&'a str, ArgumentError> {
@@ -94,7 +97,51 @@ pub fn check_template(spec: TemplateSpec) -> Result<Template, ArgumentError> {
         }
         applications.push((image, application.image_name.clone()));
     }
-    Ok(Template { image, memory: ByteLen(spec.memory_bytes), data, applications, kernel, initrd, spec })
+    let limits = |disk: &str, limits| DiskLimits::read(limits).map_err(|e| wrong(format!("the {disk} disk: {e}")));
+    let system_limits = limits("system", spec.system_limits.as_ref())?;
+    let data_limits = limits("data", spec.data_limits.as_ref())?;
+    match data {
+        None if data_limits != DiskLimits::default() => {
+            return Err(wrong("limits of a data disk, and no such disk".into()));
+        }
+        None => {}
+        Some(size) => data_limits.check_size(size).map_err(|e| wrong(format!("the data disk: {e}")))?,
+    }
+    spec.tenant.as_deref().map_or(Ok(()), muster_cim::check_tenant).map_err(|e| wrong(e.to_string()))?;
+    let memory = ByteLen(spec.memory_bytes);
+    Ok(Template { image, memory, data, applications, kernel, initrd, system_limits, data_limits, spec })
+}
+
+/// What a disk is to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resize {
+    pub role: DiskRole,
+    /// `None`: it stays.
+    pub size: Option<ByteLen>,
+    /// `None`: it stays; `Some(None)`: no quota any more.
+    pub quota: Option<Option<ByteLen>>,
+}
+
+pub fn resize(order: &Order) -> Result<Resize, ArgumentError> {
+    let role = match required(order, name::DISK)? {
+        "system" => DiskRole::System,
+        "data" => DiskRole::Data,
+        other => return Err(ArgumentError::new(name::DISK, format!("{other:?} is neither \"system\" nor \"data\""))),
+    };
+    let bytes = |name: &'static str| {
+        let wrong = |_| ArgumentError::new(name, "it has to be a number of bytes");
+        order.argument(name).filter(|text| !text.is_empty()).map(|text| text.parse().map_err(wrong)).transpose()
+    };
+    let size: Option<u64> = bytes(name::SIZE_BYTES)?;
+    let quota: Option<u64> = bytes(name::QUOTA_BYTES)?;
+    if size.is_none() && quota.is_none() {
+        return Err(ArgumentError::new(name::SIZE_BYTES, "it is missing, and so is quota_bytes: say one or both"));
+    }
+    if size.is_some_and(|size| size == 0 || !size.is_multiple_of(4096)) {
+        return Err(ArgumentError::new(name::SIZE_BYTES, "it has to be a multiple of 4096 above 0"));
+    }
+    let quota = quota.map(|quota| Some(ByteLen(quota)).filter(|quota| *quota > ByteLen::ZERO));
+    Ok(Resize { role, size: size.map(ByteLen), quota })
 }
 
 /// The target of the `n`th application's disk, from 0.
@@ -231,6 +278,7 @@ fn decode_base64(text: &str) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use muster_common::{CommandId, VmId};
+    use muster_idl::arguments::LimitSpec;
     use muster_idl::v1::{Argument, TargetKind, Verb};
 
     use super::*;
@@ -308,6 +356,36 @@ mod tests {
             with(&many.iter().map(String::as_str).collect::<Vec<_>>()).unwrap_err().to_string().contains("at most 24")
         );
         assert_eq!((application_target(0), application_target(23)), ("vdc".into(), "vdz".into()));
+    }
+
+    #[test]
+    fn limits_of_a_template_are_checked_with_its_disks() {
+        let limits = |reservation: u64| LimitSpec { reservation_bytes: Some(reservation), ..LimitSpec::default() };
+        let good = crate::records::tests::template(&"ab".repeat(32));
+        let text = |spec| check_template(spec).unwrap_err().to_string();
+        let spec = TemplateSpec { data_limits: Some(limits(65 << 20)), ..good.clone() };
+        assert!(text(spec).contains("the data disk: a reservation of 65 MiB is more than"));
+        let spec = TemplateSpec { data_limits: Some(limits(1)), data_volume_bytes: None, ..good.clone() };
+        assert!(text(spec).contains("no such disk"));
+        let spec = TemplateSpec { tenant: Some("School A".into()), ..good.clone() };
+        assert!(text(spec).contains("lower-case"));
+        let spec = TemplateSpec { system_limits: Some(limits(1 << 20)), tenant: Some("a".into()), ..good };
+        assert_eq!(check_template(spec).unwrap().system_limits.reservation, Some(ByteLen::mib(1)));
+    }
+
+    #[test]
+    fn a_resize_says_which_disk_and_what_it_is_to_be() {
+        let read = |arguments: &[(&str, &str)]| resize(&order(arguments));
+        let text = |arguments: &[(&str, &str)]| read(arguments).unwrap_err().to_string();
+        assert!(text(&[("size_bytes", "4096")]).contains("argument disk: it is missing"));
+        assert!(text(&[("disk", "vdb"), ("size_bytes", "4096")]).contains("neither"));
+        assert!(text(&[("disk", "data")]).contains("say one or both"));
+        assert!(text(&[("disk", "data"), ("size_bytes", "1GiB")]).contains("number of bytes"));
+        assert!(text(&[("disk", "data"), ("size_bytes", "1000")]).contains("multiple"));
+        let both = read(&[("disk", "data"), ("size_bytes", "8192"), ("quota_bytes", "0")]).unwrap();
+        assert_eq!(both, Resize { role: DiskRole::Data, size: Some(ByteLen(8192)), quota: Some(None) });
+        let quota = read(&[("disk", "system"), ("quota_bytes", "4194304")]).unwrap();
+        assert_eq!((quota.size, quota.quota), (None, Some(Some(ByteLen::mib(4)))));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::{
 use muster_bus::BusConfig;
 use muster_common::{ByteLen, config::ConfigError};
 use muster_export::Limits;
+use muster_store::SpillConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::records::Transport;
@@ -20,6 +21,9 @@ pub const ENVIRONMENT_PREFIX: &str = "MUSTER_AGENT";
 /// libvirt's embedded driver makes sockets deep below its root (`muster_virt::libvirt::MAX_ROOT_LENGTH`); the root is
 /// `run_dir` plus four bytes.
 const MAX_RUN_DIR_LENGTH: usize = 44;
+
+/// Less is not worth a file.
+const LEAST_SPILL: ByteLen = ByteLen::mib(1);
 
 /// Everything an operator can set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -74,6 +78,19 @@ pub struct StoreSection {
     /// The store's memory outlives the process.
     #[serde(default = "yes")]
     pub survive: bool,
+    /// Where disks with the policy "spill" go when memory is full; none: no disk may have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spill: Option<SpillSection>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpillSection {
+    /// The most that may be there.
+    pub size: ByteLen,
+    /// `spill` below the state directory when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -253,6 +270,10 @@ pub enum CheckError {
     NoParallel,
     #[error("use export.queues = {queues}: 0 to {most} are possible", most = muster_virt::DiskTransport::MAX_QUEUES)]
     Queues { queues: u16 },
+    #[error("use store.spill.size = {size}: at least {LEAST_SPILL} is needed; leave store.spill out for none")]
+    SpillSize { size: ByteLen },
+    #[error("use store.spill.directory {path}: an absolute path is needed", path = path.display())]
+    SpillDirectory { path: PathBuf },
     #[error("use host name {name:?}: 1 to 64 letters, digits, dots and hyphens")]
     Name { name: String },
 }
@@ -280,7 +301,7 @@ impl Config {
             run_dir: run_dir.into(),
             force_stop: false,
             parallel_commands: default_parallel(),
-            store: StoreSection { budget, pages: PageChoice::Auto, survive: false },
+            store: StoreSection { budget, pages: PageChoice::Auto, survive: false, spill: None },
             export: ExportSection::default(),
             hypervisor: HypervisorSection { uri: "none".into(), ..HypervisorSection::default() },
             stream: StreamSection { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None },
@@ -309,6 +330,13 @@ impl Config {
         }
         if self.export.queues > muster_virt::DiskTransport::MAX_QUEUES {
             return Err(CheckError::Queues { queues: self.export.queues });
+        }
+        match &self.store.spill {
+            Some(spill) if spill.size < LEAST_SPILL => return Err(CheckError::SpillSize { size: spill.size }),
+            Some(SpillSection { directory: Some(path), .. }) if !path.is_absolute() => {
+                return Err(CheckError::SpillDirectory { path: path.clone() });
+            }
+            _ => {}
         }
         if let Some(name) = &self.name {
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
@@ -345,6 +373,13 @@ impl Config {
     /// Where the store's memory lies, so that it outlives the process.
     pub fn store_directory(&self) -> PathBuf {
         self.run_dir.join("store")
+    }
+
+    /// The file that disks spill to, and how much may be there.
+    pub fn spill(&self) -> Option<SpillConfig> {
+        let spill = self.store.spill.as_ref()?;
+        let directory = spill.directory.clone().unwrap_or_else(|| self.state_dir.join("spill"));
+        Some(SpillConfig { file: directory.join("blocks"), limit: spill.size })
     }
 
     /// Where the vhost-user sockets are, one for each disk. 37 bytes and the generation follow: run_dir may have 44, a
@@ -407,6 +442,14 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused_with_its_reason() {
         let good = Config::minimal("/s", "/r", ByteLen::gib(1));
+        let spilling = |size, directory: Option<&str>| {
+            let spill = Some(SpillSection { size, directory: directory.map(Into::into) });
+            Config { store: StoreSection { spill, ..good.store.clone() }, ..good.clone() }
+        };
+        let file = |config: Config| config.spill().map(|spill| spill.file);
+        assert_eq!(file(spilling(ByteLen::gib(1), None)), Some("/s/spill/blocks".into()));
+        assert_eq!(file(spilling(ByteLen::gib(1), Some("/fast"))), Some("/fast/blocks".into()));
+        assert_eq!(file(good.clone()), None);
         let bad = [
             Config { cell: 101, ..good.clone() },
             Config { run_dir: "relative".into(), ..good.clone() },
@@ -415,6 +458,8 @@ mod tests {
             Config { parallel_commands: 0, ..good.clone() },
             Config { export: ExportSection { queues: 65, ..good.export }, ..good.clone() },
             Config { name: Some("a b".into()), ..good.clone() },
+            spilling(ByteLen::kib(4), None),
+            spilling(ByteLen::gib(1), Some("relative")),
         ];
         for config in bad {
             assert!(config.check().is_err(), "{config:?}");

@@ -236,7 +236,10 @@ pub fn virtual_system(entry: &Entry, store: &Store, host: &str, incarnation: &st
     let remark = if lost {
         "a volume was lost with the agent's memory: restore it, or reset its session".to_string()
     } else if record.paused_by == Some(PausedBy::Space) {
-        "paused: its disk needs memory and the store is full; it goes on when there is some".to_string()
+        match record.own_disks().find(|disk| store.volume(disk.volume).is_some_and(|v| v.quota_is_used_up())) {
+            Some(disk) => format!("paused: the quota of its {} disk is used up; raise it", disk.role.as_str()),
+            None => "paused: its disk needs memory and the store is full; it goes on when there is some".to_string(),
+        }
     } else if entry.reason == StateReason::IoError {
         "paused: a disk failed".to_string()
     } else {

@@ -49,7 +49,12 @@ pub fn open(config: &Config, given: Option<Store>) -> Result<Memory, StoreError>
         Some(_) => Fate::Stays,
         None => Fate::Ends("the configuration says store.survive = false"),
     };
-    let config = StoreConfig { pages, directory, ..StoreConfig::new(config.store.budget) };
+    let spill = config.spill();
+    if let Some(directory) = spill.as_ref().and_then(|spill| spill.file.parent()) {
+        let failed = |source| StoreError::Memory { action: "make spill directory", path: directory.to_owned(), source };
+        std::fs::create_dir_all(directory).map_err(failed)?;
+    }
+    let config = StoreConfig { pages, directory, spill, ..StoreConfig::new(config.store.budget) };
     match Store::open_or_attach(config.clone()) {
         Ok((store, attached)) => Ok(Memory { store, attached, fate }),
         Err(error @ StoreError::NotInMemory { .. }) => {

@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     host::Host,
     inventory::{Entry, is_lost},
-    records::PausedBy,
+    records::{DiskRecord, PausedBy},
     voice::About,
 };
 
@@ -55,7 +55,7 @@ pub struct Seen {
     pub waiting: bool,
     /// The last I/O error was "no space".
     pub no_space: bool,
-    /// The store has [`ROOM`].
+    /// There is [`ROOM`] for its disks: those that wait, or all when none is known to.
     pub room: bool,
 }
 
@@ -130,9 +130,8 @@ pub async fn watch(host: Arc<Host>, stop: CancellationToken) {
         let entries = host.inventory.all();
         tried.retain(|vm, _| entries.iter().any(|e| e.record.vm == *vm));
         let now = host.now_us();
-        let room = host.volumes.store.would_fit(ROOM);
         let steps = entries.iter().map(|entry| {
-            let seen = see(&host, entry, room);
+            let seen = see(&host, entry);
             (entry, decide(now, &seen, tried.entry(entry.record.vm).or_default()))
         });
         let work: Vec<_> =
@@ -142,16 +141,25 @@ pub async fn watch(host: Arc<Host>, stop: CancellationToken) {
     }
 }
 
-fn see(host: &Host, entry: &Entry, room: bool) -> Seen {
-    let disks = &entry.record.disks;
+/// The disks that hold a write for want of room; where nobody says which (NBD, or just attached again) all of its own.
+fn in_want<'a>(host: &Host, entry: &'a Entry) -> (bool, Vec<&'a DiskRecord>) {
+    let waiting: Vec<_> = entry.record.own_disks().filter(|disk| host.volumes.waits_for_space(disk)).collect();
+    if waiting.is_empty() { (false, entry.record.own_disks().collect()) } else { (true, waiting) }
+}
+
+fn see(host: &Host, entry: &Entry) -> Seen {
+    let (waiting, disks) = in_want(host, entry);
     Seen {
         state: entry.state,
         reason: entry.reason,
         paused_by: entry.record.paused_by,
         volumes: !is_lost(&entry.record, &host.volumes.store),
-        waiting: disks.iter().any(|disk| host.volumes.waits_for_space(disk)),
+        waiting,
         no_space: entry.no_space,
-        room,
+        // one that is paused still waits, whatever has become free meanwhile
+        room: disks
+            .iter()
+            .all(|disk| host.volumes.has_room(disk, ROOM, waiting && entry.state == DomainState::Running)),
     }
 }
 
@@ -165,12 +173,8 @@ async fn carry_out(host: &Arc<Host>, entry: &Entry, step: Step) {
             if !host.mark_paused(vm, Some(PausedBy::Space)).await {
                 return;
             }
-            let budget = host.volumes.store.stats().budget;
-            let text = format!(
-                "{name}: its disk needs memory and the store's budget of {budget} is used up: the VM stands still until \
-                 there is some. Drop images, reset sessions, delete VMs, or raise store.budget"
-            );
-            tracing::warn!(vm = %vm, name, "no memory left for its disk, the VM is paused until there is");
+            let text = format!("{name}: {}", why(host, entry));
+            tracing::warn!(vm = %vm, name, "no room left for its disk, the VM is paused until there is");
             host.voice.event(Severity::Error, "volume-full", text, about);
             if entry.state == DomainState::Running {
                 match host.machines.call(Lane::Vm(vm), "pause", move |h| h.pause(vm)).await {
@@ -190,7 +194,11 @@ async fn carry_out(host: &Arc<Host>, entry: &Entry, step: Step) {
             // what it was paused for is answered by this; the next error says its own reason
             host.inventory.update(vm, |e| e.no_space = false);
             match host.machines.call(Lane::Vm(vm), "resume", move |h| h.resume(vm)).await {
-                Ok(()) => tracing::info!(vm = %vm, name, "resumed, its disks are there"),
+                Ok(()) => {
+                    tracing::info!(vm = %vm, name, "resumed, its disks are there");
+                    // QEMU hears nothing of a disk's new size while it is paused
+                    entry.record.disks.iter().for_each(|disk| _ = host.volumes.announce(disk));
+                }
                 // somebody was faster
                 Err(e) if e.kind() == HypervisorErrorKind::InvalidState => {}
                 Err(e) => tracing::warn!(vm = %vm, err = %Chain(&e), "a VM that a disk had paused was not resumed"),
@@ -202,6 +210,23 @@ async fn carry_out(host: &Arc<Host>, entry: &Entry, step: Step) {
     {
         crate::observer::tell(host, &change);
     }
+}
+
+/// Why it stands still, and what helps.
+fn why(host: &Host, entry: &Entry) -> String {
+    let disks = in_want(host, entry).1;
+    if let Some(disk) = disks.iter().find(|disk| host.volumes.quota_is_used_up(disk)) {
+        let role = disk.role.as_str();
+        return format!(
+            "the quota of its {role} disk is used up: the VM stands still until it is raised (muster vm resize --disk \
+             {role} --quota SIZE) or the session is reset"
+        );
+    }
+    let budget = host.volumes.store.stats().budget;
+    format!(
+        "its disk needs memory and the store's budget of {budget} is used up: the VM stands still until there is some. Drop \
+         images, reset sessions, delete VMs, or raise store.budget"
+    )
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use muster_common::{ByteLen, Digest, ErrorCode, VmId, VolumeId};
-use muster_idl::arguments::TemplateSpec;
+use muster_idl::arguments::{LimitSpec, TemplateSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::identity::{remove_durably, write_durably};
@@ -71,6 +71,12 @@ pub struct DiskRecord {
     pub image: Option<Digest>,
     #[serde(default)]
     pub transport: Transport,
+    /// What it may take of the host's memory; none: whatever there is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitSpec>,
+    /// Whose other disks it shares blocks with; none: those of everybody who has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
 }
 
 impl DiskRecord {
@@ -219,6 +225,9 @@ pub(crate) mod tests {
             applications: Vec::new(),
             boot: Default::default(),
             bridge: None,
+            system_limits: None,
+            data_limits: None,
+            tenant: None,
         }
     }
 
@@ -231,6 +240,8 @@ pub(crate) mod tests {
             size: ByteLen::mib(64),
             image: None,
             transport: Transport::default(),
+            limits: None,
+            tenant: None,
         };
         let disks = vec![disk(DiskRole::System, "vda"), disk(DiskRole::Data, "vdb")];
         VmRecord::new(VmId::random(), name.into(), template("x"), disks, 1)
@@ -257,6 +268,10 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let old = record("old");
         let mut value = serde_json::to_value(&old).unwrap();
+        for later in ["system_limits", "data_limits", "tenant"] {
+            assert!(value["template"].get(later).is_none(), "{later}");
+        }
+        assert!(value["disks"][0].get("limits").is_none() && value["disks"][0].get("tenant").is_none());
         assert!(value["template"].get("applications").is_none(), "a template without any is written as before");
         value["template"]["later"] = 1.into();
         fs::create_dir_all(dir.path().join("vms")).unwrap();

@@ -7,12 +7,13 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use muster_block::BlockDevice;
-use muster_common::{Chain, Digest, ErrorCode, VmId, VolumeId};
+use muster_cim::{DiskLimits, LimitError};
+use muster_common::{ByteLen, Chain, Digest, ErrorCode, TenantId, VmId, VolumeId};
 use muster_export::{
     Export, Limits, Registry, RegistryError,
     vhost::{VhostError, VhostServer},
 };
-use muster_store::{Snapshot, Store, StoreError, Volume, VolumeSpec};
+use muster_store::{Snapshot, Store, StoreError, Volume, VolumeSpec, WhenFull};
 
 use crate::records::{DiskRecord, RecordError, Transport, VmRecord};
 
@@ -48,6 +49,12 @@ pub enum VolumeError {
         #[source]
         source: VhostError,
     },
+    #[error("read the limits of volume {volume}")]
+    Limits {
+        volume: VolumeId,
+        #[source]
+        source: LimitError,
+    },
     #[error("volume {volume} of VM {vm} is lost")]
     Lost { vm: VmId, volume: VolumeId },
     #[error(transparent)]
@@ -61,6 +68,7 @@ impl VolumeError {
             Self::Export { source: RegistryError::Busy { .. }, .. } => ErrorCode::InUse,
             Self::Socket { source: VhostError::Busy(_), .. } => ErrorCode::InUse,
             Self::Export { .. } | Self::Socket { .. } => ErrorCode::Internal,
+            Self::Limits { .. } => ErrorCode::InvalidArgument,
             Self::Lost { .. } => ErrorCode::VolumeLost,
             Self::Record(e) => e.code(),
         }
@@ -80,14 +88,28 @@ pub struct Volumes {
 }
 
 impl Volumes {
-    /// Makes what a disk says: a clone of its image or blank. Not offered yet.
-    pub fn make(&self, disk: &DiskRecord) -> Result<Arc<Volume>, VolumeError> {
-        let spec = VolumeSpec {
+    /// What a disk's volume is made with.
+    pub fn spec(disk: &DiskRecord) -> Result<VolumeSpec, VolumeError> {
+        let limits = DiskLimits::read(disk.limits.as_ref())
+            .map_err(|source| VolumeError::Limits { volume: disk.volume, source })?;
+        Ok(VolumeSpec {
             generation: disk.generation,
             base: disk.image,
             read_only: disk.is_read_only(),
+            tenant: disk.tenant.as_deref().map(tenant),
+            quota: limits.quota,
+            reservation: limits.reservation,
+            when_full: match limits.when_full {
+                muster_cim::WhenFull::Pause => WhenFull::Refuse,
+                muster_cim::WhenFull::Spill => WhenFull::Spill,
+            },
             ..VolumeSpec::blank(disk.volume, disk.size)
-        };
+        })
+    }
+
+    /// Makes what a disk says: a clone of its image or blank. Not offered yet.
+    pub fn make(&self, disk: &DiskRecord) -> Result<Arc<Volume>, VolumeError> {
+        let spec = Self::spec(disk)?;
         self.store.create_volume(spec).map_err(|source| VolumeError::Make { volume: disk.volume, source })
     }
 
@@ -135,6 +157,41 @@ impl Volumes {
     /// A write of the guest is held because there is no memory for it.
     pub fn waits_for_space(&self, disk: &DiskRecord) -> bool {
         self.export(disk).is_some_and(|export| export.waiting_for_space())
+    }
+
+    /// Makes the volume larger and tells whoever is connected; see [`Volumes::announce`].
+    pub fn grow(&self, volume: &Volume, disk: &DiskRecord, size: ByteLen) -> Result<bool, VolumeError> {
+        if size > volume.size() {
+            volume.grow(size).map_err(|source| VolumeError::Change { action: "grow", volume: disk.volume, source })?;
+        }
+        Ok(self.announce(disk))
+    }
+
+    /// Has the guest look at the disk's size. False when it cannot be told: nobody is connected, or over NBD, where a client
+    /// learns the size when it connects.
+    pub fn announce(&self, disk: &DiskRecord) -> bool {
+        match disk.transport {
+            Transport::Nbd => false,
+            Transport::VhostUser { .. } => self.sockets.notify_resize(&disk.export_name()).unwrap_or(false),
+        }
+    }
+
+    /// Whether a disk's next writes will be taken, as far as can be foreseen. `stuck`: a write of it waits now; then room in
+    /// the spill file does not count, for nothing could be spilled.
+    pub fn has_room(&self, disk: &DiskRecord, room: ByteLen, stuck: bool) -> bool {
+        let Some(volume) = self.find(disk) else { return false };
+        let can_spill = || {
+            !stuck
+                && volume.when_full() == WhenFull::Spill
+                && !volume.quota_is_used_up()
+                && self.store.spill_room().is_some_and(|left| left >= room)
+        };
+        volume.would_fit(room) || can_spill()
+    }
+
+    /// The disk stands still because of its own quota, whatever memory there is.
+    pub fn quota_is_used_up(&self, disk: &DiskRecord) -> bool {
+        self.find(disk).is_some_and(|volume| volume.quota_is_used_up())
     }
 
     /// Takes the export away and waits until nobody uses the volume.
@@ -215,10 +272,16 @@ impl Volumes {
     }
 }
 
+/// The dedup domain of everybody who says this name.
+fn tenant(name: &str) -> TenantId {
+    let mut id = [0; 16];
+    id.copy_from_slice(&blake3::derive_key("muster 2026 tenant of a volume", name.as_bytes())[..16]);
+    TenantId::from_bytes(id)
+}
+
 #[cfg(test)]
 mod tests {
     use muster_block::WriteFlags;
-    use muster_common::ByteLen;
     use muster_export::vhost::VhostConfig;
     use muster_store::StoreConfig;
 
@@ -278,6 +341,8 @@ mod tests {
             size: ByteLen::mib(1),
             image: Some(digest),
             transport: Transport::Nbd,
+            limits: None,
+            tenant: None,
         };
         let vm = VmId::random();
         v.make(&disk).unwrap();

@@ -7,9 +7,9 @@ use std::{os::unix::fs::PermissionsExt, sync::Arc};
 
 use fake::{Fleet, Mood, client, command, config, ended, wait_for};
 use muster_api::{
-    ChangeGroup, ChangeTemplate, CommitImage, CreateGroup, CreateTemplate, CreateVms, ExportFormat, Extents,
-    GroupMembers, ImageFormat, ImportByPath, ImportQuery, Job, JobState, ListQuery, NetworkMode, PullImage, Upload,
-    Verb, VmStanding,
+    ChangeGroup, ChangeTemplate, CommitImage, CreateGroup, CreateTemplate, CreateVms, DiskLimits, ExportFormat,
+    Extents, GroupMembers, ImageFormat, ImportByPath, ImportQuery, Job, JobState, ListQuery, NetworkMode, PullImage,
+    Upload, Verb, VmStanding, WhenFull,
 };
 use muster_bus::twin::{LossConfig, Network};
 use muster_common::{ByteLen, ErrorCode, SystemClock};
@@ -283,6 +283,51 @@ async fn vms_are_made_where_there_is_room_and_refused_ones_leave_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn limits_of_a_template_reach_the_agent_and_a_resize_that_was_done_is_what_is_shown() {
+    let fleet = Fleet::start(1).await;
+    fleet.template().await;
+    let c = &fleet.client;
+    let create = CreateTemplate {
+        name: "limited".into(),
+        image: "debian".into(),
+        vcpus: 1,
+        memory: ByteLen::mib(64),
+        data_volume: None,
+        applications: Vec::new(),
+        boot: None,
+        network: NetworkMode::None,
+        system_limits: DiskLimits { quota: Some(ByteLen::mib(4)), when_full: WhenFull::Spill, ..Default::default() },
+        data_limits: DiskLimits::default(),
+        tenant: Some("school-a".into()),
+    };
+    let template = c.create_template(&create).await.unwrap();
+    assert_eq!((&template.system_limits, template.tenant.as_deref()), (&create.system_limits, Some("school-a")));
+    let mut heard = fleet.network.join("watcher").subscriber::<muster_idl::v1::GroupCommand>(16).unwrap();
+    let made = CreateVms { template: "limited".into(), names: vec!["a".into()], ..Default::default() };
+    let order = c.create_vms(&made, None).await.unwrap();
+    ended(c, &order.command.to_string()).await;
+    let sent = std::iter::from_fn(|| heard.try_recv()).filter_map(|sample| sample.value()).next().unwrap();
+    let spec: muster_idl::arguments::TemplateSpec = serde_json::from_str(&sent.arguments[0].value).unwrap();
+    assert_eq!(spec.tenant.as_deref(), Some("school-a"));
+    let limits = spec.system_limits.unwrap();
+    assert_eq!((limits.quota_bytes, limits.when_full.as_deref()), (Some(4 << 20), Some("spill")));
+
+    let shown = async || {
+        let vm = c.vm("a").await.unwrap();
+        (vm.disks[0].limits.to_string(), vm.tenant)
+    };
+    assert_eq!(shown().await, ("at most 4 MiB, spill".into(), Some("school-a".into())));
+    let mut resize = command(Verb::Resize, &["a"], 5);
+    resize.arguments.insert("disk".into(), "system".into());
+    resize.arguments.insert("quota_bytes".into(), (8 << 20).into());
+    let order = c.create_command(&resize, None).await.unwrap();
+    let done = ended(c, &order.summary.id.to_string()).await;
+    assert_eq!(done.members[0].verdict.as_ref().unwrap().outcome, muster_api::Outcome::Done);
+    assert_eq!(shown().await.0, "at most 8 MiB, spill");
+    fleet.controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn arguments_are_checked_before_anything_is_published() {
     let fleet = Fleet::start(1).await;
     let before = fleet.network.published("muster_v1_group_command");
@@ -309,8 +354,29 @@ async fn arguments_are_checked_before_anything_is_published() {
         applications: Vec::new(),
         boot: None,
         network: NetworkMode::None,
+        system_limits: Default::default(),
+        data_limits: Default::default(),
+        tenant: None,
     };
-    assert!(fleet.client.create_template(&create).await.unwrap_err().to_string().contains("without a unit are bytes"));
+    let refused = async |create: CreateTemplate| {
+        let error = fleet.client.create_template(&create).await.unwrap_err();
+        assert_eq!(error.code(), ErrorCode::InvalidArgument);
+        error.to_string()
+    };
+    assert!(refused(create.clone()).await.contains("without a unit are bytes"));
+    let create = CreateTemplate { memory: ByteLen::mib(64), data_volume: Some(ByteLen::mib(8)), ..create };
+    let limits = |quota, reservation| DiskLimits {
+        quota: Some(ByteLen::mib(quota)),
+        reservation: Some(ByteLen::mib(reservation)),
+        when_full: WhenFull::Spill,
+    };
+    let system = refused(CreateTemplate { system_limits: limits(4, 5), ..create.clone() }).await;
+    assert!(system.contains("the system disk: a quota of 4 MiB is below the reservation of 5 MiB"), "{system}");
+    let data = refused(CreateTemplate { data_limits: limits(20, 9), ..create.clone() }).await;
+    assert!(data.contains("the data disk: a reservation of 9 MiB is more than the disk of 8 MiB"), "{data}");
+    let none = CreateTemplate { data_limits: limits(20, 9), data_volume: None, ..create.clone() };
+    assert!(refused(none).await.contains("no data volume"));
+    assert!(refused(CreateTemplate { tenant: Some("School".into()), ..create }).await.contains("lower-case"));
     assert_eq!(fleet.network.published("muster_v1_group_command"), before);
     fleet.controller.shutdown().await;
 }

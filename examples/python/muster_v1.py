@@ -36,6 +36,7 @@ class Verb(IdlEnum, typename="muster.v1.Verb", default="VERB_PING"):
     VERB_IMAGE_DROP = 19
     VERB_DRAIN = 20
     VERB_UNDRAIN = 21
+    VERB_RESIZE = 22
 
 
 class Outcome(IdlEnum, typename="muster.v1.Outcome", default="OUTCOME_DONE"):

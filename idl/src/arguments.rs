@@ -27,6 +27,12 @@ pub mod name {
     pub const DIGEST: &str = "digest";
     /// Image name for people, for image-pull.
     pub const IMAGE_NAME: &str = "image_name";
+    /// "system" or "data", for resize.
+    pub const DISK: &str = "disk";
+    /// For resize: what the disk's size is to be. Absent: it stays.
+    pub const SIZE_BYTES: &str = "size_bytes";
+    /// For resize: what the disk's quota is to be, 0 for none. Absent: it stays.
+    pub const QUOTA_BYTES: &str = "quota_bytes";
     /// Base URL to pull from; the controller's stream endpoint when absent.
     pub const SOURCE: &str = "source";
 }
@@ -49,6 +55,31 @@ pub struct TemplateSpec {
     pub boot: BootSpec,
     /// Host bridge the VM is connected to; none: not connected.
     pub bridge: Option<String>,
+    /// What the system disk may take of its host's memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_limits: Option<LimitSpec>,
+    /// What the data disk may take of its host's memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_limits: Option<LimitSpec>,
+    /// Blocks of the VM's disks are shared with those of VMs of the same name of tenant only; none: with those of all VMs
+    /// without one. Images are everybody's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+}
+
+/// What a disk may take of its host's memory, and what happens when there is none left.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitSpec {
+    /// The most it may hold of what its guest has written, before dedup; none: its size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota_bytes: Option<u64>,
+    /// So much can be written to it whatever other disks do; none: nothing is kept for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reservation_bytes: Option<u64>,
+    /// "pause": the VM stands still until there is room; "spill": its coldest blocks go to a file on the host's disk; none:
+    /// "pause".
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when_full: Option<String>,
 }
 
 /// An image that is attached to a VM read-only.

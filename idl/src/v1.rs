@@ -399,6 +399,8 @@ enums! {
         ImageDrop = "image-drop",
         Drain = "drain",
         Undrain = "undrain",
+        /// Makes a disk of a VM larger, or changes its quota.
+        Resize = "resize",
     }
 
     /// Stands exactly once for each member when a command has ended.

@@ -123,6 +123,9 @@ impl Fleet {
             applications: Vec::new(),
             boot: None,
             network: NetworkMode::None,
+            system_limits: Default::default(),
+            data_limits: Default::default(),
+            tenant: None,
         };
         self.client.create_template(&create).await.unwrap();
         let create = CreateVms {

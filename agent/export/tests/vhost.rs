@@ -491,6 +491,8 @@ fn a_frontend_is_told_of_a_new_size_and_can_use_it() {
     let told = Arc::new(Told(AtomicUsize::new(0)));
     let mut channel = vhost::vhost_user::FrontendReqHandler::new(Arc::clone(&told)).unwrap();
     client.frontend.set_backend_request_fd(&RawFd(channel.get_tx_raw_fd())).unwrap();
+    channel.handle_request().unwrap();
+    assert_eq!(told.0.swap(0, Relaxed), 1, "what nobody could be told before");
     let queue = Arc::clone(&client.queues[0]);
     assert_eq!(queue.lock().write(2048, &[1; 512]), IO_ERROR);
     device.size.store(2 << 20, Relaxed);

@@ -70,6 +70,7 @@ const fn needs_volumes(verb: Verb) -> bool {
             | Verb::Backup
             | Verb::Exec
             | Verb::FileWrite
+            | Verb::Resize
     )
 }
 

@@ -134,6 +134,6 @@ pub fn outcome_of(verb: Verb, kind: TargetKind, facts: &Facts) -> Ending {
         Verb::Drain if facts.draining => done(),
         Verb::Undrain if !facts.draining => done(),
         Verb::Drain | Verb::Undrain => failed(ErrorCode::Internal, "the mark is not as asked for"),
-        Verb::Reset | Verb::Reboot | Verb::Exec | Verb::FileWrite => unknown(),
+        Verb::Reset | Verb::Reboot | Verb::Exec | Verb::FileWrite | Verb::Resize => unknown(),
     }
 }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use muster_cim::EnabledState;
-use muster_common::{ErrorCode, VolumeId};
+use muster_cim::{EnabledState, LimitError, WhenFull};
+use muster_common::{ByteLen, ErrorCode, VolumeId};
 use muster_store::Image;
 use muster_virt::{DomainState, HypervisorErrorKind, Lane};
 use tokio::sync::oneshot;
@@ -28,9 +28,13 @@ impl Work {
                 format!("the name {name:?} is taken by VM {other}"),
             ));
         }
+        self.check_limits(&template)?;
         self.fetch_boot_files(&template).await?;
         let (image, _) = self.ensure_image(template.image, &template.spec.image_name).await?;
+        let too_much = |e: LimitError| Failure::refused(ErrorCode::InvalidArgument, format!("the system disk: {e}"));
+        template.system_limits.check_size(image.size()).map_err(too_much)?;
         let transport = self.host.wanted_transport(template.spec.vcpus);
+        let tenant = template.spec.tenant.clone();
         let mut applications = Vec::new();
         for (digest, name) in &template.applications {
             applications.push(self.ensure_image(*digest, name).await?.0);
@@ -43,6 +47,8 @@ impl Work {
             size: image.size(),
             image: Some(template.image),
             transport,
+            limits: template.system_limits.spec(),
+            tenant: tenant.clone(),
         }];
         if let Some(size) = template.data {
             disks.push(DiskRecord {
@@ -53,6 +59,8 @@ impl Work {
                 size,
                 image: None,
                 transport,
+                limits: template.data_limits.spec(),
+                tenant,
             });
         }
         for (n, application) in applications.iter().enumerate() {
@@ -64,6 +72,8 @@ impl Work {
                 size: application.size(),
                 image: Some(application.digest()),
                 transport,
+                limits: None,
+                tenant: None,
             });
         }
         let record = VmRecord::new(vm, name, template.spec.clone(), disks, self.host.now_us());
@@ -78,6 +88,24 @@ impl Work {
             work.build_or_undo(&record, answer).await;
         });
         built.await.unwrap_or_else(|_| Err(Failure::panicked()))
+    }
+
+    /// Limits that this host's store cannot keep, before anything is fetched.
+    fn check_limits(&self, template: &Template) -> Result<(), Failure> {
+        let store = &self.host.volumes.store;
+        let disks = [template.system_limits, template.data_limits];
+        if disks.iter().any(|limits| limits.when_full == WhenFull::Spill) && store.spill_room().is_none() {
+            let text = "this host has nowhere to spill to: set store.spill in its agent's configuration, or let the \
+                        template say pause";
+            return Err(Failure::refused(ErrorCode::Unsupported, text));
+        }
+        let reserved = ByteLen(disks.iter().filter_map(|limits| limits.reservation).map(ByteLen::bytes).sum());
+        let budget = store.stats().budget;
+        if reserved >= budget {
+            let text = format!("a reservation of {reserved} cannot be kept by a store whose budget is {budget}");
+            return Err(Failure::refused(ErrorCode::NoSpace, text));
+        }
+        Ok(())
     }
 
     /// Outlives the order: what it made is taken away again when the building failed or nobody waits for it any more.

@@ -14,6 +14,7 @@
 //! | restore | from a backup, or a snapshot (argument `name`), into new generations | volumes there, exports offered |
 //! | destroy-volumes | exports and volumes away | volumes gone |
 //! | exec, file-write | through the guest agent | it said so |
+//! | resize | record, volume; then a guest on vhost-user disks is told | the volume has the size and the quota |
 //! | image-pull, image-drop, ping | | resident; gone; |
 //! | drain, undrain | mark | a heartbeat said so |
 //!
@@ -30,6 +31,7 @@ mod guest;
 mod host_verbs;
 mod power;
 mod protect;
+mod resize;
 mod session;
 
 use std::{sync::Arc, time::Duration};
@@ -185,6 +187,7 @@ impl Work {
             (Verb::DestroyVolumes, _) => self.destroy_volumes().await,
             (Verb::Exec, _) => self.exec().await,
             (Verb::FileWrite, _) => self.file_write().await,
+            (Verb::Resize, _) => self.resize().await,
         }
     }
 

@@ -89,7 +89,11 @@ impl Work {
                     tokio::time::sleep(SETTLE).await;
                     let (state, reason) = self.state().await?;
                     match state {
-                        DomainState::Running => return Ok(Done::default()),
+                        DomainState::Running => {
+                            // QEMU hears nothing of a disk's new size while it is paused
+                            self.entry()?.record.disks.iter().for_each(|disk| _ = self.host.volumes.announce(disk));
+                            return Ok(Done::default());
+                        }
                         DomainState::Paused if reason == StateReason::IoError && !self.left().is_zero() => {
                             tracing::info!(vm = %vm, "paused again by a disk, resuming again");
                         }

@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use muster_backup::{BackupId, BackupRecord, Backups};
 use muster_cim::EnabledState;
-use muster_common::{Chain, ErrorCode, VmId, VolumeId};
+use muster_common::{ByteLen, Chain, ErrorCode, VmId, VolumeId};
 use muster_store::{Snapshot, VolumeSpec};
 use muster_virt::{DomainState, Lane};
 
@@ -15,6 +15,7 @@ use crate::{
     host::Host,
     inventory::is_there,
     records::{DiskRecord, DiskRole, VmRecord},
+    volumes::Volumes,
 };
 
 /// Name of the argument that allows reset-session to make a lost data disk anew, blank: its value is `blank`.
@@ -227,7 +228,10 @@ impl Work {
                 }
                 if now > order.deadline_us { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
-            let aside = Aside::make(host, &disk)?;
+            // a disk may have grown since: what was added is not in the backup, and reads as zero
+            let record = backups.get(backup)?;
+            let size = record.volumes.iter().find(|v| v.id == disk.volume).map_or(disk.size, |v| v.size);
+            let aside = Aside::make(host, &disk, size)?;
             backups.restore(backup, disk.volume, &*aside.volume, &mut progress)?;
             Ok(aside.volume.snapshot()?)
         })
@@ -288,8 +292,14 @@ struct Aside<'a> {
 }
 
 impl<'a> Aside<'a> {
-    fn make(host: &'a Host, disk: &DiskRecord) -> Result<Self, Failure> {
-        let spec = VolumeSpec::blank(VolumeId::random(), disk.size);
+    fn make(host: &'a Host, disk: &DiskRecord, size: ByteLen) -> Result<Self, Failure> {
+        // never shared with strangers; what is kept for the disk itself is not touched
+        let spec = Volumes::spec(disk)?;
+        let spec = VolumeSpec {
+            tenant: spec.tenant,
+            when_full: spec.when_full,
+            ..VolumeSpec::blank(VolumeId::random(), size)
+        };
         Ok(Self { host, volume: host.volumes.store.create_volume(spec)? })
     }
 }
@@ -314,7 +324,7 @@ fn put(host: &Host, vm: VmId, disk: &DiskRecord, snapshot: &Snapshot) -> Result<
             // never offered in this generation: reverting makes it the next one
             let base = disk.image.filter(|image| store.image(image).is_some());
             let generation = disk.generation - 1;
-            let spec = VolumeSpec { generation, base, ..VolumeSpec::blank(disk.volume, disk.size) };
+            let spec = VolumeSpec { generation, base, ..Volumes::spec(disk)? };
             store.create_volume(spec)?
         }
     };

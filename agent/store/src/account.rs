@@ -16,7 +16,7 @@
 //! Bits and counts here are of this process; who attaches finds them again by comparing a volume with its origin.
 
 use std::sync::atomic::{
-    AtomicU64,
+    AtomicU64, AtomicUsize,
     Ordering::{Relaxed, SeqCst},
 };
 
@@ -48,7 +48,13 @@ struct Reserve {
     frames: Mutex<Vec<u32>>,
     nodes: Mutex<Vec<u32>>,
     /// Nodes that map all of the disk.
-    most_nodes: usize,
+    most_nodes: AtomicUsize,
+}
+
+/// Nodes that map all of a disk of so many leaves: a leaf each, inner nodes above them, a root and a path for each of the 16
+/// trees.
+const fn nodes_for(leaves: u64) -> usize {
+    (leaves + leaves / 48 + 16 * 6) as usize
 }
 
 /// A bit a block, a word a leaf.
@@ -130,8 +136,7 @@ impl Account {
             fresh: Bits::new(leaves),
             frames: Mutex::default(),
             nodes: Mutex::default(),
-            // a leaf each, inner nodes above them, a root and a path for each of the 16 trees
-            most_nodes: (leaves + leaves / 48 + 16 * 6) as usize,
+            most_nodes: AtomicUsize::new(nodes_for(leaves)),
         });
         let quota = if quota == 0 { u64::MAX } else { blocks(quota) };
         Account {
@@ -148,6 +153,12 @@ impl Account {
             (_, 0) => bits,
             _ => 2 * bits,
         }
+    }
+
+    /// What a disk of that size takes beside the map under this account.
+    pub(crate) fn bytes(&self, size: u64) -> u64 {
+        let bits = Bits::bytes(size.div_ceil(4096).div_ceil(LEAF_BLOCKS));
+        self.detail.as_ref().map_or(0, |detail| if detail.reserve.is_some() { 2 * bits } else { bits })
     }
 
     /// Whether [`Account::write`] has to be told of writes.
@@ -205,6 +216,19 @@ impl Account {
         self.cut();
     }
 
+    /// The disk will have that size: from now on as many nodes are lacking as that takes. Returns the number of before.
+    pub(crate) fn provide_for(&self, size: u64) -> usize {
+        let nodes = nodes_for(size.div_ceil(4096).div_ceil(LEAF_BLOCKS));
+        self.reserve().map_or(0, |reserve| reserve.most_nodes.swap(nodes, SeqCst))
+    }
+
+    /// It will not, after all.
+    pub(crate) fn provide_again(&self, nodes: usize) {
+        if let Some(reserve) = self.reserve() {
+            reserve.most_nodes.store(nodes, SeqCst);
+        }
+    }
+
     /// The disk became larger. The caller keeps writers out.
     pub(crate) fn grow(&self, size: u64) {
         let leaves = size.div_ceil(4096).div_ceil(LEAF_BLOCKS);
@@ -223,8 +247,16 @@ impl Account {
         }
     }
 
+    #[cfg(test)]
     pub(crate) fn own_blocks(&self) -> Option<u64> {
         self.detail.as_ref().map(|detail| detail.own.set.load(Relaxed))
+    }
+
+    /// Blocks that the quota still allows; `None` without one.
+    pub(crate) fn quota_left(&self) -> Option<u64> {
+        let detail = self.detail.as_ref()?;
+        let quota = detail.quota.load(Relaxed);
+        (quota != u64::MAX).then(|| quota.saturating_sub(detail.own.set.load(Relaxed)))
     }
 
     /// In bytes.
@@ -246,7 +278,7 @@ impl Account {
         let wanted = reserve.wanted.saturating_sub(fresh) + UNDER_WAY;
         Lack {
             frames: wanted.saturating_sub(reserve.frames.lock().len() as u64),
-            nodes: reserve.most_nodes.saturating_sub(reserve.nodes.lock().len()) as u64,
+            nodes: reserve.most_nodes.load(SeqCst).saturating_sub(reserve.nodes.lock().len()) as u64,
         }
     }
 
@@ -288,7 +320,7 @@ impl Account {
     pub(crate) fn keep_node(&self, node: u32) -> bool {
         let Some(reserve) = self.reserve() else { return false };
         let mut nodes = reserve.nodes.lock();
-        let keep = nodes.len() < reserve.most_nodes;
+        let keep = nodes.len() < reserve.most_nodes.load(SeqCst);
         if keep {
             nodes.push(node);
         }
@@ -301,6 +333,11 @@ impl Account {
             None => Default::default(),
             Some(reserve) => (reserve.frames.lock().clone(), reserve.nodes.lock().clone()),
         }
+    }
+
+    /// Frames kept aside beyond those for writers under way.
+    pub(crate) fn spare_frames(&self) -> u64 {
+        self.kept_frames().saturating_sub(UNDER_WAY)
     }
 
     /// Frames kept aside.

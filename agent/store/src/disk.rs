@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU32, Ordering::Relaxed},
+    atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
 };
 
 use muster_block::{BlockDevice, BlockError, Extent, Geometry, WriteFlags, ZeroFlags};
@@ -32,7 +32,7 @@ pub(crate) struct Disk {
     record: AtomicU32,
     pub(crate) read_only: bool,
     /// What it was charged.
-    cost: u64,
+    cost: AtomicU64,
 }
 
 /// Whose a disk is, and what it may take.
@@ -86,7 +86,7 @@ impl Disk {
             spill.watch(&map);
         }
         let number = inner.enter_in_books(&map);
-        Disk { inner: Arc::clone(inner), map, number, record: AtomicU32::new(0), read_only, cost }
+        Disk { inner: Arc::clone(inner), map, number, record: AtomicU32::new(0), read_only, cost: AtomicU64::new(cost) }
     }
 
     /// Writes down what must be known to find the disk again.
@@ -104,6 +104,30 @@ impl Disk {
     /// From now on it is not found again.
     pub(crate) fn strike(&self) {
         self.inner.records.remove(self.record.swap(0, Relaxed));
+    }
+
+    /// What is charged before the disk becomes larger: its account's share, and what a reservation has to keep aside in
+    /// addition. `undo` takes it back.
+    pub(crate) fn charge_growth(&self, size: ByteLen) -> Result<impl FnOnce() + '_, StoreError> {
+        let (inner, account) = (&self.inner, &self.map.account);
+        let more = account.bytes(size.bytes()).saturating_sub(account.bytes(self.size().bytes()));
+        if !inner.engine.charge(more) {
+            return Err(inner.full(more));
+        }
+        let nodes = account.provide_for(size.bytes());
+        self.cost.fetch_add(more, Relaxed);
+        let undo = move || {
+            account.provide_again(nodes);
+            self.cost.fetch_sub(more, Relaxed);
+            inner.engine.budget.credit(more);
+        };
+        match inner.fill_reserve(&self.map, false) {
+            Ok(()) => Ok(undo),
+            Err(error) => {
+                undo();
+                Err(error)
+            }
+        }
     }
 
     pub(crate) fn size(&self) -> ByteLen {
@@ -179,7 +203,7 @@ impl Drop for Disk {
         engine.close(&self.map);
         self.inner.empty_reserve(&self.map);
         self.inner.strike_from_books(self.number);
-        engine.budget.credit(self.cost);
+        engine.budget.credit(self.cost.load(Relaxed));
     }
 }
 

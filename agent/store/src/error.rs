@@ -42,6 +42,12 @@ pub enum StoreError {
          one below /dev/shm, or start as root", path = path.display()
     )]
     NotInMemory { path: std::path::PathBuf },
+    #[error(
+        "{bytes} of the blocks in memory were spilled to a file, and {}: bring it back, and configure it as it was; or take \
+         away the store's memory to begin with an empty one",
+        path.as_ref().map_or("none is configured now".to_string(), |path| format!("{} does not hold them", path.display()))
+    )]
+    SpillMissing { bytes: ByteLen, path: Option<std::path::PathBuf> },
     #[error("the memory in {path} is in use by another process: is another agent running?", path = path.display())]
     InUse { path: std::path::PathBuf },
     #[error("{0:?} is too long for a name: at most 256 bytes")]
@@ -75,7 +81,7 @@ impl StoreError {
             | Self::Name(_)
             | Self::Shrink { .. } => ErrorCode::InvalidArgument,
             Self::Deleted => ErrorCode::VolumeLost,
-            Self::Damaged => ErrorCode::Corrupt,
+            Self::Damaged | Self::SpillMissing { .. } => ErrorCode::Corrupt,
             Self::Map { .. } | Self::Memory { .. } => ErrorCode::Unavailable,
         }
     }

@@ -29,20 +29,23 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
 use crate::{
     arena::{BLOCK, Words},
     config::SpillConfig,
     frames::{Engine, Failed},
     map::Map,
-    marks::Mark,
+    marks::{Mark, Marks},
     sync::Padded,
 };
 
 const LOCKS: usize = 64;
 /// Frames spilled at a time: few enough that a writer waits a millisecond, enough that the next ones do not wait.
 const BATCH: usize = 64;
+/// Blocks of the file given back together (8 MiB): a hole costs the file system a millisecond on a busy disk, whether it is
+/// of one block or of a thousand.
+const UNUSED: usize = 2048;
 
 /// A block that `O_DIRECT` takes.
 #[repr(align(4096))]
@@ -56,7 +59,11 @@ pub(crate) struct Spill {
     locks: [Padded<Mutex<()>>; LOCKS],
     /// A bit a frame: used since the hand came by.
     used: Words,
+    /// When it was opened.
+    was_empty: bool,
     hand: Mutex<Hand>,
+    /// Frames whose blocks in the file are not given back yet. One of them that is away again is left out then.
+    unused: Mutex<Vec<u32>>,
     written: AtomicU64,
     read: AtomicU64,
 }
@@ -73,23 +80,43 @@ struct Hand {
 impl Spill {
     pub(crate) fn open(config: &SpillConfig, frames: u32, keep: bool) -> io::Result<Spill> {
         let mut options = OpenOptions::new();
-        options.read(true).write(true).create(true).truncate(!keep).mode(0o600);
+        options.read(true).write(true).create(true).truncate(false).mode(0o600);
         let direct = options.clone().custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32).open(&config.file);
         // tmpfs and some others refuse it
         let file = match direct {
             Ok(file) => file,
             Err(_) => options.open(&config.file)?,
         };
+        // before anything in it is thrown away
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(io::Error::other("it is in use by another process: each agent needs a file of its own"));
+        }
+        let was_empty = file.metadata()?.len() == 0;
+        if !keep {
+            file.set_len(0)?;
+        }
         Ok(Spill {
             file,
             path: config.file.clone(),
             limit: config.limit.bytes() / BLOCK as u64,
             locks: std::array::from_fn(|_| Padded::default()),
             used: Words::reserve(frames as usize / 32 + 1, None)?,
+            was_empty,
             hand: Mutex::default(),
+            unused: Mutex::default(),
             written: AtomicU64::new(0),
             read: AtomicU64::new(0),
         })
+    }
+
+    /// Nothing was in the file when it was opened.
+    pub(crate) fn was_empty(&self) -> bool {
+        self.was_empty
+    }
+
+    /// Frames that may be away.
+    pub(crate) fn limit(&self) -> u64 {
+        self.limit
     }
 
     /// From now on the hand goes over this map, too.
@@ -128,10 +155,30 @@ impl Spill {
         self.file.read_exact_at(&mut block.0, u64::from(frame) * BLOCK as u64).map_err(|_| Failed::Lost)
     }
 
-    /// Gives the disk's blocks back. They are written anew before they are read again, so an error only costs space.
-    fn forget(&self, frame: u32) {
-        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        let _ = fallocate(&self.file, hole, u64::from(frame) * BLOCK as u64, BLOCK as u64);
+    /// Gives the disk's blocks back, many at a time.
+    fn forget(&self, marks: &Marks, frame: u32) {
+        let mut unused = self.unused.lock();
+        unused.push(frame);
+        if unused.len() >= UNUSED {
+            let frames = std::mem::take(&mut *unused);
+            drop(unused);
+            self.punch(marks, frames);
+        }
+    }
+
+    /// A hole for each run of frames that are not away. Blocks are written anew before they are read again, so an error only
+    /// costs space.
+    fn punch(&self, marks: &Marks, mut frames: Vec<u32>) {
+        // nobody spills meanwhile. Who holds one of these locks waits for no other
+        let _alone: Vec<_> = self.locks.iter().map(|lock| lock.0.lock()).collect();
+        frames.retain(|frame| marks.get(*frame) != Mark::Away);
+        frames.sort_unstable();
+        frames.dedup();
+        for run in frames.chunk_by(|one, next| one + 1 == *next) {
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let (first, len) = (u64::from(run[0]), run.len() as u64);
+            let _ = fallocate(&self.file, hole, first * BLOCK as u64, len * BLOCK as u64);
+        }
     }
 
     /// Blocks written to the file and read from it since the start.
@@ -166,7 +213,7 @@ impl Engine {
             self.frames.blocks.fill(frame, &block.0);
             self.frames.marks.set(frame, Mark::Here);
         }
-        spill.forget(frame);
+        spill.forget(&self.frames.marks, frame);
         Ok(())
     }
 
@@ -188,7 +235,7 @@ impl Engine {
             return true;
         }
         if let Some(spill) = &self.spill {
-            spill.forget(frame);
+            spill.forget(&self.frames.marks, frame);
         }
         self.frames.pool.put_hollow(frame);
         false

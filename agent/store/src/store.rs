@@ -374,7 +374,7 @@ impl Inner {
 }
 
 /// What is left, part by part: memory the store has but does not use counts as well.
-struct Room {
+pub(crate) struct Room {
     free: u64,
     frames: u64,
     granule: u64,
@@ -383,7 +383,7 @@ struct Room {
 }
 
 impl Room {
-    fn of(engine: &Engine) -> Room {
+    pub(crate) fn of(engine: &Engine) -> Room {
         Room {
             free: engine.budget.limit().saturating_sub(engine.budget.charged()),
             frames: engine.frames.pool.stats().kept,
@@ -394,7 +394,7 @@ impl Room {
     }
 
     /// Whether this many new unique blocks fit.
-    fn holds(&self, blocks: u64) -> bool {
+    pub(crate) fn holds(&self, blocks: u64) -> bool {
         let frames = blocks.saturating_sub(self.frames).next_multiple_of(self.granule);
         let bytes = frames * (BLOCK as u64 + BESIDE_FRAME)
             + blocks.saturating_sub(self.listings) * LISTING
@@ -573,6 +573,13 @@ impl Store {
             report.faults.push(format!("{wrong} blocks in use had no memory"));
         }
         inner.make_again(records, &mut report);
+        let (away, _) = inner.engine.frames.marks.counts();
+        if away > 0 && inner.engine.spill.as_ref().is_none_or(Spill::was_empty) {
+            let path = config.spill.as_ref().map(|spill| spill.file.clone());
+            // all stays as it is: the next process may find it
+            drop(Owner { inner });
+            return Err(StoreError::SpillMissing { bytes: ByteLen(away * BLOCK as u64), path });
+        }
         report.frames = inner.engine.frames.pool.stats().used;
         report.resident_bytes = ByteLen(inner.engine.budget.charged());
         report.images = inner.images.read().len();
@@ -998,6 +1005,13 @@ impl Store {
     /// somebody else may write first.
     pub fn would_fit(&self, new_unique: ByteLen) -> bool {
         Room::of(self.engine()).holds(new_unique.bytes().div_ceil(BLOCK as u64))
+    }
+
+    /// What the spill file still takes; `None`: the store has none.
+    pub fn spill_room(&self) -> Option<ByteLen> {
+        let engine = self.engine();
+        let away = engine.frames.marks.counts().0;
+        engine.spill.as_ref().map(|spill| ByteLen(spill.limit().saturating_sub(away) * BLOCK as u64))
     }
 }
 

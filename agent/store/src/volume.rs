@@ -8,7 +8,7 @@ use std::sync::{
 use muster_block::BlockDevice;
 use muster_common::{ByteLen, Digest, TenantId, VolumeId};
 
-use crate::{Image, StoreError, VolumeSpec, VolumeStats, config::WhenFull, disk::Disk};
+use crate::{Image, StoreError, VolumeSpec, VolumeStats, config::WhenFull, disk::Disk, store::Room};
 
 /// A disk that started as an image, a snapshot or zeroes, and goes its own way.
 ///
@@ -77,6 +77,19 @@ impl Volume {
         self.disk.size()
     }
 
+    /// The most it may map of what it has written itself.
+    pub fn quota(&self) -> Option<ByteLen> {
+        Some(ByteLen(self.quota.load(Relaxed))).filter(|quota| *quota > ByteLen::ZERO)
+    }
+
+    pub fn reservation(&self) -> Option<ByteLen> {
+        self.reservation
+    }
+
+    pub fn when_full(&self) -> WhenFull {
+        self.when_full
+    }
+
     /// The volume as it is now, for ever: of writes that returned all is in it, of writes under way any blocks may be.
     /// Takes microseconds and about a kilobyte, whatever the size.
     pub fn snapshot(&self) -> Result<Snapshot, StoreError> {
@@ -84,7 +97,8 @@ impl Volume {
         Ok(Snapshot { disk: Arc::new(self.disk.fork(self.disk.map.size(), true)?) })
     }
 
-    /// Makes the volume larger; what is added reads as zero. Whoever shows it to a guest tells the guest afterwards.
+    /// Makes the volume larger; what is added reads as zero. Quota and reservation stay what they are. Whoever shows it to a
+    /// guest tells the guest afterwards.
     pub fn grow(&self, size: ByteLen) -> Result<(), StoreError> {
         Disk::check_size(size)?;
         let inner = &self.disk.inner;
@@ -98,12 +112,35 @@ impl Volume {
                 variant.size = size.bytes();
             });
         };
-        inner.engine.grow(&self.disk.map, size.bytes(), note).map_err(|refused| inner.refused(&self.disk.map, refused))
+        let undo = self.disk.charge_growth(size)?;
+        inner.engine.grow(&self.disk.map, size.bytes(), note).map_err(|refused| {
+            undo();
+            inner.refused(&self.disk.map, refused)
+        })
     }
 
-    /// Changes the quota of a volume that was made with one.
+    /// Whether this many bytes of blocks nobody else has could be written now, as far as quota, reservation and the
+    /// store's memory go: what [`WhenFull::Spill`] would make room for is not counted. A promise to nobody: somebody else
+    /// may write first.
+    pub fn would_fit(&self, new_unique: ByteLen) -> bool {
+        let engine = &self.disk.inner.engine;
+        let blocks = new_unique.bytes().div_ceil(4096);
+        !self.quota_is_used_up() && (self.disk.map.account.spare_frames() > 0 || Room::of(engine).holds(blocks))
+    }
+
+    /// The quota holds no further request of the largest piece that is written at once (64 blocks).
+    pub fn quota_is_used_up(&self) -> bool {
+        self.disk.map.account.quota_left().is_some_and(|left| left < 64)
+    }
+
+    /// It was made with a quota or a reservation: what it writes is counted, so its quota can be changed.
+    pub fn takes_quota(&self) -> bool {
+        self.disk.map.account.counts()
+    }
+
+    /// Changes the quota of a volume that was made with one, or with a reservation.
     pub fn set_quota(&self, quota: ByteLen) -> bool {
-        if self.disk.map.account.own_blocks().is_none() {
+        if !self.takes_quota() {
             return false;
         }
         self.disk.inner.records.change(self.disk.record(), |variant| variant.quota = quota.bytes());
@@ -194,7 +231,7 @@ impl Volume {
             size: self.size(),
             read_only: self.geometry().read_only,
             tenant: self.tenant,
-            quota: Some(ByteLen(self.quota.load(Relaxed))).filter(|quota| *quota > ByteLen::ZERO),
+            quota: self.quota(),
             reservation: self.reservation,
             when_full: self.when_full,
             mapped_bytes: ByteLen(self.disk.map.mapped() * 4096),

@@ -275,3 +275,81 @@ fn readers_and_writers_of_spilled_blocks_see_what_was_written() {
     assert!(store.stats().spill_writes > 0 && store.stats().spill_reads > 0);
     assert_exact(&store);
 }
+
+#[test]
+fn what_was_spilled_is_not_given_up_for_a_wrong_configuration() {
+    let place = Spilling::new();
+    let (store, _) = place.open(ByteLen::mib(64));
+    let volume = create(&store, 64, |spec| spec.when_full = WhenFull::Spill).unwrap();
+    for n in 0..8000 {
+        write(&volume, n, n + 1).unwrap();
+    }
+    assert!(store.stats().spilled_bytes > ByteLen::ZERO);
+    assert!(store.spill_room().unwrap() < ByteLen::mib(64));
+    let id = volume.id();
+    drop((volume, store));
+    let without = || StoreConfig {
+        pages: Pages::Small,
+        directory: Some(place.arena.clone()),
+        ..StoreConfig::new(ByteLen::mib(16))
+    };
+    let text = |config| Store::open_or_attach(config).err().unwrap().to_string();
+    assert!(text(without()).contains("none is configured now"));
+    let elsewhere = SpillConfig { file: place.directory.path().join("other"), limit: ByteLen::mib(64) };
+    assert!(text(StoreConfig { spill: Some(elsewhere), ..without() }).contains("other does not hold them"));
+    let (store, attached) = place.open(ByteLen::mib(64));
+    assert!(matches!(&attached, Attached::Warm(report) if report.faults.is_empty()), "{attached:?}");
+    assert!(store.verify_volume(id).unwrap().is_clean());
+    // a file that another store spills to is not opened, and nothing of it is lost
+    let same = SpillConfig { file: place.directory.path().join("spill"), limit: ByteLen::mib(64) };
+    let config = StoreConfig { spill: Some(same), ..StoreConfig::new(ByteLen::mib(16)) };
+    let error = Store::open(config).err().unwrap();
+    assert!(muster_common::Chain(&error).to_string().contains("another process"), "{}", muster_common::Chain(&error));
+    assert!(store.verify_volume(id).unwrap().is_clean());
+    store.delete_volume(id).unwrap();
+}
+
+#[test]
+fn a_reserved_volume_that_has_grown_keeps_its_promise_all_over_the_disk() {
+    let store = open(64);
+    let reserved = create(&store, 8, |spec| spec.reservation = Some(ByteLen::mib(4))).unwrap();
+    reserved.grow(ByteLen::gib(1)).unwrap();
+    let greedy = create(&store, 1024, |_| {}).unwrap();
+    fill(&greedy, 0, 1);
+    assert!(!greedy.would_fit(ByteLen::mib(1)) && reserved.would_fit(ByteLen::mib(1)));
+    // as many leaves as there are blocks
+    for n in 0..4 << 8 {
+        write(&reserved, n * 250, 7 << 40 | n).unwrap();
+    }
+    assert!(!reserved.would_fit(ByteLen::mib(1)), "it has what was promised");
+    assert_exact(&store);
+    // what it would take to map a larger disk is not there: refused, and nothing has changed
+    let refused = reserved.grow(ByteLen::gib(64)).unwrap_err();
+    assert!(matches!(refused, StoreError::NoSpace { .. }), "{refused}");
+    assert_eq!(reserved.size(), ByteLen::gib(1));
+    let resident = store.stats().resident_bytes;
+    assert_exact(&store);
+    store.delete_volume(reserved.id()).unwrap();
+    assert!(store.stats().resident_bytes <= resident);
+    assert_exact(&store);
+}
+
+#[test]
+fn a_quota_that_is_nearly_met_counts_as_used_up_and_goes_with_its_volume() {
+    let store = open(64);
+    let volume = create(&store, 32, |spec| spec.quota = Some(ByteLen::mib(1))).unwrap();
+    assert!(volume.takes_quota() && volume.would_fit(ByteLen::mib(8)));
+    for n in 0..193 {
+        write(&volume, n, n + 1).unwrap();
+    }
+    assert!(volume.quota_is_used_up() && !volume.would_fit(ByteLen::kib(4)));
+    assert!(volume.set_quota(ByteLen::mib(2)));
+    assert!(!volume.quota_is_used_up());
+    assert_eq!(volume.quota(), Some(ByteLen::mib(2)));
+    let before = store.stats().metadata_bytes.bytes();
+    volume.grow(ByteLen::gib(4)).unwrap();
+    let more = store.stats().metadata_bytes.bytes() - before;
+    assert!(more >= 120 << 10, "a bit a block is charged: {more}");
+    assert!(!create(&store, 32, |_| {}).unwrap().takes_quota());
+    assert_exact(&store);
+}

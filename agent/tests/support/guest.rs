@@ -130,6 +130,9 @@ pub fn desk_template(depot: &Depot, images: &Path, data: Option<ByteLen>, applic
             ),
         },
         bridge: None,
+        system_limits: None,
+        data_limits: None,
+        tenant: None,
     };
     serde_json::to_string(&spec).unwrap()
 }

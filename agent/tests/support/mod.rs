@@ -299,6 +299,9 @@ pub fn template_with(image: &Digest, data_mib: Option<u64>, applications: &[Dige
         applications: applications.iter().map(application).collect(),
         boot: BootSpec::default(),
         bridge: None,
+        system_limits: None,
+        data_limits: None,
+        tenant: None,
     };
     serde_json::to_string(&spec).unwrap()
 }

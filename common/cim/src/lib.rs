@@ -1,8 +1,9 @@
 //! The CIM model (schema 2.49) of what Muster manages: states with CIM's numbers, what each verb means in each state,
-//! and what counts as a change worth publishing.
+//! what counts as a change worth publishing, and what a disk may take of a host's memory.
 //!
 //! Main types: [`EnabledState`], [`RequestedState`], [`HealthState`], [`OperationalStatus`]; [`answer`] is the table
-//! of every (state, verb) pair; [`Changes`] decides when a topic sample is due.
+//! of every (state, verb) pair; [`Changes`] decides when a topic sample is due; [`DiskLimits`] are checked quota, reservation
+//! and policy.
 //!
 //! Invariants:
 //! 1. Numbers on the wire are CIM's own; a number this version does not know is kept ([`EnabledState::from_cim`]
@@ -27,9 +28,11 @@
 #![forbid(unsafe_code)]
 
 mod change;
+mod limits;
 mod state;
 mod verb;
 
 pub use change::{Changes, Material};
+pub use limits::{DiskLimits, LimitError, WhenFull, check_tenant};
 pub use state::{EnabledState, HealthState, OperationalStatus, RequestedState, condition_of};
 pub use verb::{Answer, answer, host_answer, refused_while_draining, requested_state, transition};

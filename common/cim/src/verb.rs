@@ -164,6 +164,16 @@ pub const fn answer(state: Option<EnabledState>, verb: Verb) -> Answer {
             EnabledButOffline => SAVED,
             _ => UNREADABLE,
         },
+        // the guest is told of a new size while it runs; one that is saved or half way would miss it
+        Verb::Resize => match state {
+            Enabled => Do(Enabled),
+            Disabled => Do(Disabled),
+            Quiesce => Do(Quiesce),
+            EnabledButOffline => SAVED,
+            ShuttingDown => STOPPING,
+            Starting => BOOTING,
+            _ => UNREADABLE,
+        },
         // answered above
         Verb::Create | Verb::Ping | Verb::Drain | Verb::Undrain | Verb::ImagePull | Verb::ImageDrop => UNREADABLE,
     }

@@ -56,6 +56,7 @@ words! {
         ImageDrop = "image-drop",
         Drain = "drain",
         Undrain = "undrain",
+        Resize = "resize",
     }
     /// Stands exactly once for each member when a command has ended.
     Outcome {

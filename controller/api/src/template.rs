@@ -26,11 +26,72 @@ pub struct Template {
     /// The image's boot files, or the template's own.
     pub boot: BootFiles,
     pub network: NetworkMode,
+    /// What the system disk may take of its host's memory.
+    #[serde(default)]
+    pub system_limits: DiskLimits,
+    /// What the data disk may take of its host's memory.
+    #[serde(default)]
+    pub data_limits: DiskLimits,
+    /// VMs of one tenant share blocks among themselves only; none: with all that have none.
+    #[serde(default)]
+    pub tenant: Option<String>,
     pub created_at_us: u64,
     /// VMs made from it.
     pub vms: u32,
     /// Resource version.
     pub version: u64,
+}
+
+/// What a disk may take of its host's memory, and what happens when there is none left.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DiskLimits {
+    /// The most it may hold of what its guest has written, before deduplication; none: its size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub quota: Option<ByteLen>,
+    /// So much can be written to it whatever other disks do; none: nothing is kept for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub reservation: Option<ByteLen>,
+    #[serde(default)]
+    pub when_full: WhenFull,
+}
+
+/// What happens to a disk whose host has no memory left for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenFull {
+    /// The VM stands still until there is room again.
+    #[default]
+    Pause,
+    /// Its coldest blocks go to a file on the host's disk.
+    Spill,
+}
+
+impl WhenFull {
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Spill => "spill",
+        }
+    }
+}
+
+impl DiskLimits {
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// For people: "at most 4 GiB, 1 GiB reserved, spill"; empty when there are none.
+impl std::fmt::Display for DiskLimits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let quota = self.quota.map(|quota| format!("at most {quota}"));
+        let reserved = self.reservation.map(|reservation| format!("{reservation} reserved"));
+        let spills = (self.when_full != WhenFull::default()).then(|| self.when_full.as_str().to_string());
+        f.pad(&[quota, reserved, spills].into_iter().flatten().collect::<Vec<_>>().join(", "))
+    }
 }
 
 /// An image attached read-only.
@@ -74,6 +135,13 @@ pub struct CreateTemplate {
     pub boot: Option<BootFiles>,
     #[serde(default)]
     pub network: NetworkMode,
+    #[serde(default)]
+    pub system_limits: DiskLimits,
+    #[serde(default)]
+    pub data_limits: DiskLimits,
+    /// 1 to 63 lower-case letters, digits, dots, hyphens and underscores.
+    #[serde(default)]
+    pub tenant: Option<String>,
 }
 
 /// Changes a template; what is left out stays. VMs made from it before stay as they are.

@@ -6,6 +6,8 @@ use muster_common::{ByteLen, CommandId, Digest, HostId, VmId, VolumeId};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
+use crate::DiskLimits;
+
 /// A VM: what the controller wants and what its host says of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
@@ -36,6 +38,9 @@ pub struct Vm {
     pub stale: bool,
     /// Groups that name it directly.
     pub groups: Vec<String>,
+    /// Whose VMs share blocks with it; none: all that have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     /// Resource version.
     pub version: u64,
 }
@@ -116,6 +121,9 @@ pub struct Disk {
     pub image: Option<Digest>,
     /// "volatile", "lost".
     pub condition: String,
+    /// As they were ordered; none for a VM that the controller did not make.
+    #[serde(default, skip_serializing_if = "DiskLimits::is_none")]
+    pub limits: DiskLimits,
 }
 
 /// Which VMs are asked for, beside the page.

@@ -172,6 +172,24 @@ pub enum VmVerb {
         #[arg(long, default_value = "latest")]
         backup: String,
     },
+    /// Make a disk larger, or change its quota
+    ///
+    /// A running guest on vhost-user disks sees the new size at once, one on NBD disks after its VM was powered off and on.
+    /// Partitions and file systems are the guest's to grow.
+    #[command(group = clap::ArgGroup::new("wanted").required(true).multiple(true))]
+    Resize {
+        #[command(flatten)]
+        target: Target,
+        /// Which of its disks
+        #[arg(long, value_enum)]
+        disk: ResizeDisk,
+        /// What its size is to be, e.g. 20GiB; disks only grow
+        #[arg(long, group = "wanted")]
+        size: Option<ByteLen>,
+        /// The most it may hold of what its guest has written; 0 for no quota
+        #[arg(long, value_name = "SIZE", group = "wanted")]
+        quota: Option<ByteLen>,
+    },
     /// System disk as in the template again; personal data stays
     ResetSession(Target),
     /// Run a program in the guests through the guest agent
@@ -210,6 +228,47 @@ pub enum VmVerb {
         #[arg(long, value_name = "SOCKET")]
         listen: PathBuf,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ResizeDisk {
+    System,
+    Data,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum WhenFull {
+    /// The VM stands still until there is room
+    Pause,
+    /// The disk's coldest blocks go to a file on the host's disk
+    Spill,
+}
+
+/// What the disks of a template's VMs may take of their hosts' memory.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Memory of the host")]
+pub struct LimitArgs {
+    /// The most the system disk may hold of what its guest has written
+    #[arg(long, value_name = "SIZE")]
+    pub system_quota: Option<ByteLen>,
+    /// So much can be written to the system disk whatever other disks do
+    #[arg(long, value_name = "SIZE")]
+    pub system_reserve: Option<ByteLen>,
+    /// What happens to the system disk when memory is full
+    #[arg(long, value_enum, default_value_t = WhenFull::Pause)]
+    pub system_when_full: WhenFull,
+    /// The most the data disk may hold of what its guest has written
+    #[arg(long, value_name = "SIZE", requires = "data")]
+    pub data_quota: Option<ByteLen>,
+    /// So much can be written to the data disk whatever other disks do
+    #[arg(long, value_name = "SIZE", requires = "data")]
+    pub data_reserve: Option<ByteLen>,
+    /// What happens to the data disk when memory is full
+    #[arg(long, value_enum, default_value_t = WhenFull::Pause)]
+    pub data_when_full: WhenFull,
+    /// VMs of one tenant share blocks among themselves only (images are everybody's)
+    #[arg(long, value_name = "NAME")]
+    pub tenant: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -395,6 +454,8 @@ pub enum TemplateVerb {
         /// Image to attach read-only, as disk vdc, vdd and so on; may be given several times
         #[arg(long = "application", value_name = "IMAGE")]
         applications: Vec<String>,
+        #[command(flatten)]
+        limits: LimitArgs,
     },
     /// Move a template to another image or other applications; VMs made from it stay as they are
     #[command(group = clap::ArgGroup::new("change").required(true).multiple(true))]
@@ -508,6 +569,8 @@ mod tests {
         insta::assert_snapshot!("help_vm", help(&["vm"]));
         insta::assert_snapshot!("help_vm_create", help(&["vm", "create"]));
         insta::assert_snapshot!("help_image", help(&["image"]));
+        insta::assert_snapshot!("help_template_create", help(&["template", "create"]));
+        insta::assert_snapshot!("help_vm_resize", help(&["vm", "resize"]));
     }
 
     #[test]

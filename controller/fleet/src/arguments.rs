@@ -32,7 +32,7 @@ pub const fn default_timeout_seconds(verb: Verb) -> u32 {
         Verb::Ping => 10,
         Verb::Pause | Verb::Drain | Verb::Undrain => 30,
         Verb::PowerOff | Verb::Reset | Verb::ImageDrop | Verb::DestroyVolumes => 60,
-        Verb::Delete | Verb::Resume | Verb::Snapshot | Verb::Exec | Verb::FileWrite => 120,
+        Verb::Delete | Verb::Resume | Verb::Snapshot | Verb::Exec | Verb::FileWrite | Verb::Resize => 120,
         Verb::PowerOn | Verb::Shutdown | Verb::ResetSession => 180,
         Verb::Reboot | Verb::Suspend | Verb::Create => 300,
         Verb::Backup | Verb::Restore | Verb::ImagePull => 3600,
@@ -58,6 +58,7 @@ pub fn check(verb: Verb, arguments: &BTreeMap<String, String>) -> Result<(), Fle
         Verb::FileWrite => (&[name::PATH, name::CONTENT], &[]),
         Verb::ImagePull => (&[name::DIGEST], &[name::IMAGE_NAME, name::SOURCE]),
         Verb::ImageDrop => (&[name::DIGEST], &[]),
+        Verb::Resize => (&[name::DISK], &[name::SIZE_BYTES, name::QUOTA_BYTES]),
         _ => (&[], &[]),
     };
     for wanted in required {
@@ -70,6 +71,10 @@ pub fn check(verb: Verb, arguments: &BTreeMap<String, String>) -> Result<(), Fle
             return Err(FleetError::Invalid(format!("{verb} has no argument {key:?}")));
         }
         check_value(verb, key, value)?;
+    }
+    if verb == Verb::Resize && arguments.len() < 2 {
+        let text = format!("{verb} needs the argument {:?}, {:?} or both", name::SIZE_BYTES, name::QUOTA_BYTES);
+        return Err(FleetError::Invalid(text));
     }
     Ok(())
 }
@@ -99,6 +104,11 @@ fn check_value(verb: Verb, key: &str, value: &str) -> Result<(), FleetError> {
         name::KEEP_SECONDS if !value.parse::<u32>().is_ok_and(|seconds| (1..=86_400).contains(&seconds)) => {
             wrong("a number of seconds, 1 to 86400")
         }
+        name::DISK if !matches!(value, "system" | "data") => wrong("\"system\" or \"data\""),
+        name::SIZE_BYTES if !value.parse::<u64>().is_ok_and(|size| size > 0 && size.is_multiple_of(4096)) => {
+            wrong("a number of bytes, a multiple of 4096")
+        }
+        name::QUOTA_BYTES if value.parse::<u64>().is_err() => wrong("a number of bytes, 0 for no quota"),
         name::BACKUP | name::NAME if value.is_empty() => wrong("a name"),
         _ => Ok(()),
     }
@@ -128,6 +138,11 @@ mod tests {
         assert!(text(Verb::Shutdown, &one("policy", "kill")).contains("expected \"fail\""));
         assert!(text(Verb::Exec, &one("argv", "ls")).contains("JSON list"));
         assert!(text(Verb::Snapshot, &one("keep_seconds", "0")).contains("1 to 86400"));
+        assert!(text(Verb::Resize, &one("disk", "data")).contains("or both"));
+        assert!(text(Verb::Resize, &one("disk", "vda")).contains("expected \"system\""));
+        let resize = |size: &str| [("disk", "data"), ("size_bytes", size)].map(|(k, v)| (k.to_string(), v.to_string()));
+        assert!(text(Verb::Resize, &resize("20GiB").into()).contains("number of bytes"));
+        check(Verb::Resize, &resize("8192").into()).unwrap();
         check(Verb::Exec, &one("argv", "[\"ls\"]")).unwrap();
         check(Verb::Shutdown, &BTreeMap::new()).unwrap();
     }

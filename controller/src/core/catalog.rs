@@ -1,6 +1,9 @@
 //! Images and templates as records; the images' bytes are in the repository.
 
-use muster_api::{ChangeTemplate, CreateTemplate, GroupMembers, ImageFormat, NetworkMode, PullImage, Residency};
+use muster_api::{
+    self as api, ChangeTemplate, CreateTemplate, GroupMembers, ImageFormat, NetworkMode, PullImage, Residency,
+};
+use muster_cim::{DiskLimits, LimitError};
 use muster_common::{ByteLen, CommandId, Digest, ErrorCode};
 use muster_fleet::{
     FleetError,
@@ -12,7 +15,7 @@ use muster_idl::{
     v1::{TargetKind, Verb},
 };
 
-use super::{Core, NewCommand};
+use super::{Core, NewCommand, desired::spec_of};
 use crate::{
     db::{DesiredVm, StoredImage, StoredTemplate},
     refusal::Refusal,
@@ -23,6 +26,24 @@ const LEAST_MEMORY: ByteLen = ByteLen::mib(16);
 const MOST_VCPUS: u32 = 512;
 /// Disks `vdc` to `vdz`.
 const MOST_APPLICATIONS: usize = 24;
+
+fn checked(limits: &api::DiskLimits) -> Result<DiskLimits, LimitError> {
+    DiskLimits::read(spec_of(limits).as_ref())
+}
+
+fn check_limits(create: &CreateTemplate) -> Result<(), Refusal> {
+    let wrong = |disk: &str, e: LimitError| Refusal::invalid(format!("the {disk} disk: {e}"));
+    checked(&create.system_limits).map_err(|e| wrong("system", e))?;
+    let data = checked(&create.data_limits).map_err(|e| wrong("data", e))?;
+    match create.data_volume {
+        None if !create.data_limits.is_none() => {
+            return Err(Refusal::invalid("limits of a data disk, and no data volume: say its size"));
+        }
+        None => {}
+        Some(size) => data.check_size(size).map_err(|e| wrong("data", e))?,
+    }
+    create.tenant.as_deref().map_or(Ok(()), muster_cim::check_tenant).map_err(|e| Refusal::invalid(e.to_string()))
+}
 
 impl Core {
     /// The image of a digest, a name (its newest revision) or `name@revision`.
@@ -222,7 +243,11 @@ impl Core {
         {
             return Err(Refusal::invalid(format!("{name:?} is not the name of a network interface")));
         }
+        check_limits(&create)?;
         let image = self.image(&create.image)?.clone();
+        checked(&create.system_limits)
+            .and_then(|limits| limits.check_size(ByteLen(image.logical_bytes)))
+            .map_err(|e| Refusal::invalid(format!("the system disk: {e}")))?;
         let applications = self.application_images(&create.applications)?;
         let boot = create.boot.unwrap_or_else(|| image.boot.clone());
         if boot.kernel.is_none() && boot.initrd.is_some() {
@@ -237,6 +262,9 @@ impl Core {
             applications,
             boot,
             network: create.network,
+            system_limits: create.system_limits,
+            data_limits: create.data_limits,
+            tenant: create.tenant,
             created_at_us: self.now_us(),
             version: 1,
         };

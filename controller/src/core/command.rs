@@ -261,6 +261,10 @@ impl Core {
         self.db.put_verdict(id, member, &verdict)?;
         match (verb, meant.vm) {
             (Verb::Create | Verb::Delete, Some(vm)) => self.settle_vm(id, verb, vm, &verdict)?,
+            (Verb::Resize, Some(vm)) if verdict.outcome == v1::Outcome::Done => {
+                let arguments = record.order.arguments.clone();
+                self.settle_resize(vm, &arguments)?;
+            }
             (Verb::Backup, vm) if verdict.outcome == v1::Outcome::Done => {
                 self.store_backups(id, meant.host, vm, &verdict.result)?;
             }

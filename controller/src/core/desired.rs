@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use muster_api::{BootFiles, CreateVms, CreatedVms, NetworkMode, Placed};
+use muster_api::{self as api, BootFiles, CreateVms, CreatedVms, NetworkMode, Placed};
 use muster_common::{ByteLen, CommandId, ErrorCode, HostId, VmId};
 use muster_fleet::{
     FleetError,
@@ -13,7 +13,7 @@ use muster_fleet::{
     target,
 };
 use muster_idl::{
-    arguments::{self, ApplicationSpec, BootSpec, TemplateSpec},
+    arguments::{self, ApplicationSpec, BootSpec, LimitSpec, TemplateSpec},
     v1::{Outcome, TargetKind, Verb, VirtualSystem},
 };
 
@@ -22,6 +22,42 @@ use crate::{
     db::{DbError, DesiredVm, Standing, StoredTemplate},
     refusal::Refusal,
 };
+
+/// As limits travel; `None` when there are none.
+pub(super) fn spec_of(limits: &api::DiskLimits) -> Option<LimitSpec> {
+    (!limits.is_none()).then(|| LimitSpec {
+        quota_bytes: limits.quota.map(ByteLen::bytes),
+        reservation_bytes: limits.reservation.map(ByteLen::bytes),
+        when_full: (limits.when_full != api::WhenFull::default()).then(|| limits.when_full.as_str().to_string()),
+    })
+}
+
+/// As limits are shown.
+pub(super) fn limits_of(spec: Option<&LimitSpec>) -> api::DiskLimits {
+    spec.map_or_else(Default::default, |spec| api::DiskLimits {
+        quota: spec.quota_bytes.map(ByteLen),
+        reservation: spec.reservation_bytes.map(ByteLen),
+        when_full: match spec.when_full.as_deref() {
+            Some("spill") => api::WhenFull::Spill,
+            _ => api::WhenFull::Pause,
+        },
+    })
+}
+
+/// What a resize that was done makes of what was ordered.
+fn resized(spec: &mut TemplateSpec, arguments: &BTreeMap<String, String>) {
+    let number = |name: &str| arguments.get(name).and_then(|text| text.parse::<u64>().ok());
+    let data = arguments.get(arguments::name::DISK).is_some_and(|disk| disk == "data");
+    // the size of a system disk is its image's: nothing was ordered
+    if let Some(size) = number(arguments::name::SIZE_BYTES).filter(|_| data) {
+        spec.data_volume_bytes = Some(size);
+    }
+    if let Some(quota) = number(arguments::name::QUOTA_BYTES) {
+        let limits = if data { &mut spec.data_limits } else { &mut spec.system_limits };
+        let changed = LimitSpec { quota_bytes: (quota > 0).then_some(quota), ..limits.clone().unwrap_or_default() };
+        *limits = (changed != LimitSpec::default()).then_some(changed);
+    }
+}
 
 impl Core {
     /// Finds hosts and names for new VMs, wants them, and begins the command that makes them.
@@ -186,7 +222,20 @@ impl Core {
                 NetworkMode::None => None,
                 NetworkMode::Bridge { name } => Some(name.clone()),
             },
+            system_limits: spec_of(&template.system_limits),
+            data_limits: spec_of(&template.data_limits),
+            tenant: template.tenant.clone(),
         })
+    }
+
+    /// A disk of a VM has become larger, or its quota another one: what is wanted of the VM is that from now on.
+    pub(super) fn settle_resize(&mut self, vm: VmId, arguments: &BTreeMap<String, String>) -> Result<(), DbError> {
+        let Some(desired) = self.desired.get(&vm) else { return Ok(()) };
+        let mut next = DesiredVm { version: desired.version + 1, ..desired.clone() };
+        resized(&mut next.spec, arguments);
+        self.db.put_vm(&next)?;
+        self.desired.insert(vm, next);
+        Ok(())
     }
 
     /// Begins deleting VMs; their rows go when their hosts say that they are gone.

@@ -10,9 +10,9 @@ use muster_fleet::{
     inventory::{HostEntry, VmEntry},
     target,
 };
-use muster_idl::v1;
+use muster_idl::{arguments::TemplateSpec, v1};
 
-use super::Core;
+use super::{Core, desired::limits_of};
 use crate::{
     db::{DesiredVm, Standing, StoredImage, StoredTemplate},
     refusal::Refusal,
@@ -199,13 +199,14 @@ impl Core {
             guest_up: said.is_some_and(|s| s.guest_up),
             vcpus: said.map(|s| s.virtual_processors).or(spec.map(|s| s.vcpus)).unwrap_or(0),
             memory_bytes: said.map(|s| s.memory_bytes).or(spec.map(|s| s.memory_bytes)).unwrap_or(0),
-            disks: said.map(|s| s.disks.iter().filter_map(disk).collect()).unwrap_or_default(),
+            disks: said.map(|s| s.disks.iter().filter_map(|d| disk(d, spec)).collect()).unwrap_or_default(),
             template: desired.map(|vm| vm.template.clone()).or(said.map(|s| s.template.clone())).unwrap_or_default(),
             remark: said.map(|s| s.remark.clone()).unwrap_or_default(),
             changed_at_us: said.map_or(0, |s| s.changed_at_us),
             sampled_at_us: said.map_or(0, |s| s.sampled_at_us),
             stale: !self.inventory.is_online(host),
             groups: self.groups_with(|group| group.members.vms.contains(&id)),
+            tenant: spec.and_then(|spec| spec.tenant.clone()),
             version: desired.map_or(0, |vm| vm.version) + heard.map_or(0, |(_, entry)| entry.version),
         })
     }
@@ -388,6 +389,9 @@ impl Core {
                 .collect(),
             boot: template.boot.clone(),
             network: template.network.clone(),
+            system_limits: template.system_limits.clone(),
+            data_limits: template.data_limits.clone(),
+            tenant: template.tenant.clone(),
             created_at_us: template.created_at_us,
             vms: self.desired.values().filter(|vm: &&DesiredVm| vm.template == template.name).count() as u32,
             version: template.version,
@@ -513,7 +517,12 @@ pub(crate) fn summary(record: &Record) -> api::CommandSummary {
     }
 }
 
-fn disk(disk: &v1::VirtualDisk) -> Option<api::Disk> {
+fn disk(disk: &v1::VirtualDisk, ordered: Option<&TemplateSpec>) -> Option<api::Disk> {
+    let limits = ordered.and_then(|spec| match disk.role.as_str() {
+        "system" => spec.system_limits.as_ref(),
+        "data" => spec.data_limits.as_ref(),
+        _ => None,
+    });
     Some(api::Disk {
         role: disk.role.clone(),
         volume: disk.volume.parse().ok()?,
@@ -521,6 +530,7 @@ fn disk(disk: &v1::VirtualDisk) -> Option<api::Disk> {
         size_bytes: disk.size_bytes,
         image: disk.image.parse::<Digest>().ok(),
         condition: disk.condition.clone(),
+        limits: limits_of(limits),
     })
 }
 

@@ -1,6 +1,6 @@
 //! Images and templates.
 
-use muster_api::{BootFiles, ImageFormat, NetworkMode};
+use muster_api::{BootFiles, DiskLimits, ImageFormat, NetworkMode};
 use muster_common::{ByteLen, Digest};
 use rusqlite::params;
 use serde::{Deserialize, Serialize};
@@ -56,6 +56,12 @@ pub struct StoredTemplate {
     pub applications: Vec<Digest>,
     pub boot: BootFiles,
     pub network: NetworkMode,
+    #[serde(default, skip_serializing_if = "DiskLimits::is_none")]
+    pub system_limits: DiskLimits,
+    #[serde(default, skip_serializing_if = "DiskLimits::is_none")]
+    pub data_limits: DiskLimits,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
     pub created_at_us: u64,
     pub version: u64,
 }
@@ -134,6 +140,7 @@ mod tests {
         let template: StoredTemplate = from_json("a template", template).unwrap();
         assert!(template.applications.is_empty());
         // and what has none is written as it was: an older program can read it
+        assert!(!to_json(&template).contains("limits") && !to_json(&template).contains("tenant"));
         assert!(!to_json(&template).contains("applications") && !to_json(&image).contains("parent"));
     }
 }

@@ -452,6 +452,9 @@ impl Fleet {
             applications: Vec::new(),
             boot: None,
             network: muster_api::NetworkMode::None,
+            system_limits: Default::default(),
+            data_limits: Default::default(),
+            tenant: None,
         };
         self.client.create_template(&create).await.unwrap();
     }

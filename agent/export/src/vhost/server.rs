@@ -230,7 +230,7 @@ impl VhostServer {
     }
 
     /// Has the frontend of that export read the device's size again. `Ok(false)` when none is connected or it cannot be
-    /// told; one that connects later sees the new size anyway.
+    /// told: then it is told when one connects.
     pub fn notify_resize(&self, name: &str) -> Result<bool, VhostError> {
         let served = self.served.lock();
         let served = served.get(name).ok_or_else(|| VhostError::Unknown(name.to_owned()))?;

@@ -38,22 +38,42 @@ const SET_BACKEND_REQ_FD: u32 = 21;
 /// Configuration change, version 1, no body: a whole message on that channel.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
-/// The way to the frontend, if it gave one.
+/// The way to the frontend.
 #[derive(Default)]
-pub(crate) struct Channel(parking_lot::Mutex<Option<OwnedFd>>);
+pub(crate) struct Channel(parking_lot::Mutex<Way>);
+
+#[derive(Default)]
+struct Way {
+    /// If the frontend gave one.
+    fd: Option<OwnedFd>,
+    /// It could not be told that the configuration has changed. One that was connected before and comes back reads only what
+    /// it is told to.
+    owed: bool,
+}
 
 impl Channel {
-    /// Has the frontend read the configuration again. `false` when it cannot be told.
+    /// Has the frontend read the configuration again. `false` when it cannot be told now: then it is when it comes back.
     pub(crate) fn config_changed(&self) -> bool {
-        let message: Vec<u8> = CONFIG_CHANGE.iter().flat_map(|word| word.to_ne_bytes()).collect();
-        match &*self.0.lock() {
-            Some(fd) => send(fd, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) == Ok(message.len()),
-            None => false,
-        }
+        let mut way = self.0.lock();
+        way.owed = true;
+        way.tell()
     }
 
     fn set(&self, fd: Option<OwnedFd>) {
-        *self.0.lock() = fd;
+        let mut way = self.0.lock();
+        way.fd = fd;
+        way.tell();
+    }
+}
+
+impl Way {
+    /// Tells what is owed, if there is a way to.
+    fn tell(&mut self) -> bool {
+        let Some(fd) = self.fd.as_ref().filter(|_| self.owed) else { return false };
+        let message: Vec<u8> = CONFIG_CHANGE.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        let told = send(fd, &message, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) == Ok(message.len());
+        self.owed = !told;
+        told
     }
 }
 

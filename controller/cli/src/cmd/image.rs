@@ -10,16 +10,16 @@ use std::{
 
 use anyhow::{Context, bail};
 use muster_api::{
-    BootFiles, ChangeTemplate, CommitImage, CreateTemplate, Endpoint, Estimate, EstimateRequest, Image,
+    BootFiles, ChangeTemplate, CommitImage, CreateTemplate, DiskLimits, Endpoint, Estimate, EstimateRequest, Image,
     ImageFormat as Format, ImportByPath, ImportQuery, Job, JobState, NetworkMode, PullImage, TargetKind, Template,
-    Upload, Verb,
+    Upload, Verb, WhenFull,
 };
 use muster_common::{ByteLen, ErrorCode};
 
 use super::{Session, command};
 use crate::{
     Ended,
-    args::{ImageFormat, ImageVerb, TemplateVerb},
+    args::{self, ImageFormat, ImageVerb, TemplateVerb},
     output::{Table, print, print_deleted},
     progress::{StatusLine, bar, job_line},
 };
@@ -309,7 +309,7 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
         }
         TemplateVerb::Show { template } => {
             let template = client.template(&template).await?;
-            print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
+            print(session.output, &template, show_template)?;
         }
         TemplateVerb::Change { template, image, applications, no_applications } => {
             let change = ChangeTemplate {
@@ -319,7 +319,7 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
             let template = client.change_template(&template, &change, None).await?;
             print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
         }
-        TemplateVerb::Create { name, image, vcpus, memory, data, applications } => {
+        TemplateVerb::Create { name, image, vcpus, memory, data, applications, limits } => {
             let create = CreateTemplate {
                 name,
                 image,
@@ -329,6 +329,9 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
                 applications,
                 boot: None,
                 network: NetworkMode::None,
+                system_limits: disk_limits(limits.system_quota, limits.system_reserve, limits.system_when_full),
+                data_limits: disk_limits(limits.data_quota, limits.data_reserve, limits.data_when_full),
+                tenant: limits.tenant,
             };
             let template = client.create_template(&create).await?;
             print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
@@ -339,6 +342,41 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
         }
     }
     Ok(Ended::AllDone)
+}
+
+fn disk_limits(quota: Option<ByteLen>, reservation: Option<ByteLen>, when_full: args::WhenFull) -> DiskLimits {
+    let when_full = match when_full {
+        args::WhenFull::Pause => WhenFull::Pause,
+        args::WhenFull::Spill => WhenFull::Spill,
+    };
+    DiskLimits { quota, reservation, when_full }
+}
+
+fn show_template(t: &Template) -> String {
+    let limits = |limits: &DiskLimits| if limits.is_none() { "none".to_string() } else { limits.to_string() };
+    let mut table = Table::new(&["PROPERTY", "VALUE"]);
+    let mut row = |name: &str, value: String| table.row([name.to_string(), value]);
+    row("name", t.name.clone());
+    row("image", format!("{} ({})", t.image_name, t.image.short()));
+    row("processors", t.vcpus.to_string());
+    row("memory", t.memory.to_string());
+    row("system disk limits", limits(&t.system_limits));
+    row("data volume", t.data_volume.map_or("none".into(), |d| d.to_string()));
+    if t.data_volume.is_some() {
+        row("data disk limits", limits(&t.data_limits));
+    }
+    row("tenant", t.tenant.clone().unwrap_or_else(|| "none".into()));
+    row("applications", t.applications.iter().map(|a| a.image_name.as_str()).collect::<Vec<_>>().join(" "));
+    row("boot", boot(&t.boot).into());
+    row(
+        "network",
+        match &t.network {
+            NetworkMode::None => "none".into(),
+            NetworkMode::Bridge { name } => format!("bridge {name}"),
+        },
+    );
+    row("VMs made from it", t.vms.to_string());
+    table.render()
 }
 
 fn templates_table(templates: &[Template]) -> String {

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{Session, ago, command, confirm, now_us, stream};
 use crate::{
     Ended,
-    args::{CreateArgs, DeleteArgs, Output, ShutdownPolicy, Target, VmVerb},
+    args::{CreateArgs, DeleteArgs, Output, ResizeDisk, ShutdownPolicy, Target, VmVerb},
     output::{Table, print, printable_lines, write_out},
 };
 
@@ -75,6 +75,17 @@ pub async fn run(session: &Session, verb: VmVerb) -> anyhow::Result<Ended> {
         VmVerb::Snapshot { target, name } => (Verb::Snapshot, target, [("name".to_string(), name.into())].into()),
         VmVerb::Backup(target) => (Verb::Backup, target, none),
         VmVerb::Restore { target, backup } => (Verb::Restore, target, [("backup".to_string(), backup.into())].into()),
+        VmVerb::Resize { target, disk, size, quota } => {
+            let disk = match disk {
+                ResizeDisk::System => "system",
+                ResizeDisk::Data => "data",
+            };
+            let bytes = |name: &str, bytes: ByteLen| (name.to_string(), Value::from(bytes.bytes()));
+            let mut arguments = BTreeMap::from([("disk".to_string(), Value::from(disk))]);
+            arguments.extend(size.map(|size| bytes("size_bytes", size)));
+            arguments.extend(quota.map(|quota| bytes("quota_bytes", quota)));
+            (Verb::Resize, target, arguments)
+        }
         VmVerb::ResetSession(target) => (Verb::ResetSession, target, none),
     };
     command::order(session, verb, TargetKind::Vm, target, arguments).await
@@ -215,6 +226,9 @@ fn show(vm: &Vm) -> String {
     row("memory", ByteLen(vm.memory_bytes).to_string());
     row("template", vm.template.clone());
     row("groups", vm.groups.join(" "));
+    if let Some(tenant) = &vm.tenant {
+        row("tenant", tenant.clone());
+    }
     for disk in &vm.disks {
         let image = disk.image.map_or("blank".to_string(), |i| format!("clone of {}", i.short()));
         row(
@@ -227,6 +241,9 @@ fn show(vm: &Vm) -> String {
                 disk.condition
             ),
         );
+        if !disk.limits.is_none() {
+            row(&format!("{} disk limits", disk.role), disk.limits.to_string());
+        }
     }
     row("remark", if vm.remark.is_empty() { "none".into() } else { vm.remark.clone() });
     table.render()
