@@ -149,8 +149,9 @@ impl Fuzzers<'_> {
     }
 
     fn command(&self, target: &str) -> Cmd<'_> {
-        // an input of 20 s hangs, one that takes 2 GiB takes memory out of proportion
-        self.context.command(self.programs.join(target)).args(["-timeout=20", "-rss_limit_mb=2048"])
+        // On a machine with other work an input of 2 ms has taken 12 s: a minute hangs. What takes 2 GiB takes memory out
+        // of proportion.
+        self.context.command(self.programs.join(target)).args(["-timeout=60", "-rss_limit_mb=2048"])
     }
 
     fn run(&self, target: &str, seconds: u32) -> Result<String> {
@@ -187,7 +188,7 @@ impl Fuzzers<'_> {
         let committed = self.committed(target);
         let before = copy_all(&committed, &fresh)?;
         let found = self.found(target)?;
-        self.command(target).args(["-merge=1", "-use_value_profile=0"]).arg(&fresh).arg(found).run()?;
+        self.command(target).arg("-set_cover_merge=1").arg(&fresh).arg(found).run()?;
         let after = copy_all(&fresh, &committed)?;
         Ok(format!("{} of {after} inputs are new", after - before))
     }
