@@ -103,14 +103,22 @@ impl Warm {
         self.fleet.hosts[0].log().matches("volumes and 1 images are as the earlier run left them").count()
     }
 
+    /// Which run of the agent the controller commands.
+    fn commanded(&self) -> serde_json::Value {
+        self.fleet.json(&["host", "ls"])[0]["incarnation"].clone()
+    }
+
     /// Starts the next agent, and waits until the guest goes on.
     fn go_on(&mut self, began: Instant, what: &str) {
-        let before = self.attached();
+        let (before, earlier) = (self.attached(), self.commanded());
+        assert!(earlier.is_string(), "{earlier}");
         self.fleet.start_host(0);
         let log = || self.fleet.hosts[0].log();
         wait_for("the store to be attached", LIMIT, || (self.attached() == before + 1).then_some(()));
         let attached = began.elapsed();
         assert!(!log().contains("volumes were lost"));
+        // before that it would be asked in vain, and seconds go by
+        wait_for("its next run to be seen", LIMIT, || (self.commanded() != earlier).then_some(()));
         self.wrote(2);
         eprintln!("{what}: attached after {attached:.1?}, seen writing on after {:.1?}", began.elapsed());
     }
