@@ -13,7 +13,9 @@
 //! With vhost-user the export holds a write that finds no memory and says so: the VM is paused here, so that everybody sees
 //! why it stands still. Over NBD the write fails with "no space" and QEMU pauses the VM by itself. A server that went away
 //! (the agent was restarted) only stalls a vhost-user guest; over NBD the VM is paused by the failed request, and goes on
-//! with that request when it is resumed. A resume within about 10 ms of the server's return pauses again.
+//! with that request when it is resumed. A resume before QEMU has connected again pauses at once, and QEMU takes its time:
+//! a thread of its own tries when the first request fails, and then 1, 3, 7, 15, 31 s later and every 16 s (it doubles its
+//! sleep up to that; nothing can wake it). What QEMU waited for shows here as a session more, and the VM is resumed then.
 //!
 //! A VM that a command paused is never resumed here, nor one whose volumes are lost. What to do is decided by [`decide`],
 //! without I/O. Locks: none of its own.
@@ -57,6 +59,8 @@ pub struct Seen {
     pub no_space: bool,
     /// There is [`ROOM`] for its disks: those that wait, or all when none is known to.
     pub room: bool,
+    /// Connections to its disks.
+    pub sessions: usize,
 }
 
 /// What was tried of one VM.
@@ -65,6 +69,8 @@ pub struct Tried {
     /// When it was resumed last, and how often since it last ran for a while.
     resumed_us: u64,
     times: u32,
+    /// Connections to its disks at that time.
+    sessions: usize,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,11 +106,13 @@ pub fn decide(now_us: u64, seen: &Seen, tried: &mut Tried) -> Step {
             let ours = by_disk || held && seen.reason == StateReason::User;
             let full = held && !seen.room;
             let pause = FIRST_PAUSE_US.saturating_mul(1 << tried.times.min(20)).min(LONGEST_PAUSE_US);
-            let due = tried.times == 0 || now_us.saturating_sub(tried.resumed_us) >= pause;
+            let connected = seen.sessions > tried.sessions;
+            let due = tried.times == 0 || connected || now_us.saturating_sub(tried.resumed_us) >= pause;
             if !ours || full || !due {
                 return Step::Leave;
             }
-            *tried = Tried { resumed_us: now_us, times: tried.times.saturating_add(1) };
+            let times = tried.times.saturating_add(1);
+            *tried = Tried { resumed_us: now_us, times, sessions: seen.sessions };
             Step::Resume
         }
         // it went off: whatever it waited for is over
@@ -160,6 +168,7 @@ fn see(host: &Host, entry: &Entry) -> Seen {
         room: disks
             .iter()
             .all(|disk| host.volumes.has_room(disk, ROOM, waiting && entry.state == DomainState::Running)),
+        sessions: entry.record.own_disks().filter_map(|disk| host.volumes.exports.sessions(&disk.export_name())).sum(),
     }
 }
 
@@ -242,6 +251,7 @@ mod tests {
             waiting: false,
             no_space: false,
             room: true,
+            sessions: 0,
         }
     }
 
@@ -269,6 +279,21 @@ mod tests {
         // it stayed: the next trouble is answered at once again
         assert_eq!(decide(61_000_000, &running(), &mut tried), Step::Leave);
         assert_eq!(decide(61_000_001, &seen, &mut tried), Step::Resume);
+    }
+
+    #[test]
+    fn a_vm_is_resumed_as_soon_as_its_disk_has_connected_however_long_that_took() {
+        let away = paused(StateReason::IoError, None);
+        let mut tried = Tried::default();
+        for ms in 0..14_000 {
+            decide(ms * 1000, &away, &mut tried);
+        }
+        let back = Seen { sessions: 1, ..away };
+        assert_eq!(decide(14_000_000, &back, &mut tried), Step::Resume);
+        // its other disk is asked only now, and connects at once
+        assert_eq!(decide(14_020_000, &back, &mut tried), Step::Leave);
+        assert_eq!(decide(14_040_000, &Seen { sessions: 2, ..back }, &mut tried), Step::Resume);
+        assert_eq!(decide(14_060_000, &Seen { sessions: 2, ..back }, &mut tried), Step::Leave);
     }
 
     #[test]

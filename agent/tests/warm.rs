@@ -23,22 +23,8 @@ use support::{
     network, vm_on, wait_for,
 };
 
-/// Writes blocks past the guest's cache, reads each back and compares, until it is told to end; what differs or fails goes
-/// to `bad`, how far it came to `count`. 96 files of 64 KiB, and their sums at the end.
-const WRITER: &str = r#"#!/bin/sh
-cd /home; n=0
-while [ ! -e /run/enough ]; do
-  f=f$((n % 96)); n=$((n + 1))
-  head -c 65536 /dev/urandom >/run/block
-  dd if=/run/block of=$f bs=64k oflag=direct conv=notrunc,fsync 2>>/run/said || echo "$n: not written" >>/run/bad
-  dd if=$f bs=64k iflag=direct 2>>/run/said | cmp -s - /run/block || echo "$n: read back otherwise" >>/run/bad
-  sha256sum </run/block >/run/$f.sum
-  echo $n >/run/count.new; mv /run/count.new /run/count
-done
-sync; echo 3 >/proc/sys/vm/drop_caches
-for f in f*; do sha256sum <$f | cmp -s - /run/$f.sum || echo "$f: differs at the end" >>/run/bad; done
-: >/run/ended
-"#;
+/// Says at its top what it does.
+const WRITER: &str = include_str!("support/writer.sh");
 
 struct Warm {
     world: World,

@@ -1,6 +1,6 @@
 //! A fleet of real processes on this machine: one `muster-controller` and some `muster-agent`s that find each other over
 //! RTPS on the loopback interface, with the simulated hypervisor unless told otherwise. Everything lives in a temporary
-//! directory and ends with the value.
+//! directory and ends with the value; what outlives a killed agent does too.
 
 use std::{
     fs::{self, File},
@@ -11,6 +11,8 @@ use std::{
 };
 
 use muster_bus::testing::{Domain, free_domain};
+use muster_common::HostId;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::Value;
 
 use crate::{Process, source_root, wait_for};
@@ -22,16 +24,95 @@ pub const LIMIT: Duration = Duration::from_secs(90);
 pub struct Host {
     pub name: String,
     dir: PathBuf,
+    run_dir: PathBuf,
     process: Option<Process>,
+    /// Where `run_dir` is when no tmpfs may be mounted on it.
+    _memory: Option<tempfile::TempDir>,
+}
+
+impl Host {
+    fn new(name: String, dir: PathBuf, in_memory: bool) -> Self {
+        let run_dir = dir.join("r");
+        fs::create_dir_all(&run_dir).expect("make a host's directory");
+        let mut host = Self { name, dir, run_dir, process: None, _memory: None };
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        if in_memory && mount("muster-test", &host.run_dir, "tmpfs", flags, c"mode=0700").is_err() {
+            let memory = tempfile::Builder::new().prefix("mt").tempdir_in("/dev/shm").expect("a directory in /dev/shm");
+            host.run_dir = memory.path().join("r");
+            fs::create_dir(&host.run_dir).expect("make a run directory");
+            host._memory = Some(memory);
+        }
+        host
+    }
+
+    pub fn run_dir(&self) -> &Path {
+        &self.run_dir
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.join("agent.toml")
+    }
+
+    /// What it has logged so far, all its runs.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
+    /// Where it keeps boot files when `run_dir` is on a disk; see `agent/src/boot.rs`.
+    pub fn shared_memory(&self) -> Option<PathBuf> {
+        let id = fs::read_to_string(self.dir.join("s/host-id")).ok()?.trim().parse::<HostId>().ok()?;
+        Some(Path::new("/dev/shm").join(format!("muster-{}", id.short())))
+    }
+
+    /// Takes away what outlives an agent that was killed: its virtual machines, its store, its boot files.
+    fn clear(&mut self) {
+        self.process = None;
+        let ours = [&self.dir, &self.run_dir].map(|dir| format!("{}/", dir.display()));
+        for process in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let command = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command);
+            let qemu = command.split('\0').next().is_some_and(|program| program.contains("qemu-system"));
+            if qemu && ours.iter().any(|dir| command.contains(dir)) {
+                let _ = Command::new("kill").arg("-9").arg(process.file_name()).status();
+            }
+        }
+        for place in [self.run_dir.join("store"), self.run_dir.clone()] {
+            // most are no mount points
+            let _ = unmount(place, UnmountFlags::DETACH);
+        }
+        if let Some(memory) = self.shared_memory() {
+            let _ = fs::remove_dir_all(memory);
+        }
+    }
+}
+
+/// How the agents of a [`Fleet`] are configured.
+#[derive(Clone, Debug)]
+pub struct Agents {
+    /// The hypervisor's URI; empty for real machines.
+    pub hypervisor: String,
+    /// Volumes outlive an agent. Then `run_dir` is a tmpfs of its own, as on a real host, or lies in /dev/shm where nothing
+    /// may be mounted.
+    pub survive: bool,
+    /// As `export.transport` says it.
+    pub transport: &'static str,
+    pub budget: &'static str,
+}
+
+impl Agents {
+    /// Volumes that end with their agent, on a simulated hypervisor or none.
+    pub fn simulated(hypervisor: &str) -> Self {
+        Self { hypervisor: hypervisor.to_string(), survive: false, transport: "vhost-user", budget: "512MiB" }
+    }
 }
 
 pub struct Fleet {
-    // dropped in this order: processes before their directory
+    // dropped in this order: processes before their directory (see also `Drop`)
     controller: Option<Process>,
     pub hosts: Vec<Host>,
     domain: Domain,
     network: Network,
-    hypervisor: String,
+    agents: Agents,
     dir: tempfile::TempDir,
 }
 
@@ -92,22 +173,23 @@ impl Fleet {
     /// # Panics
     /// When they do not find each other in time.
     pub fn start_on(network: Network, hosts: usize, hypervisor: &str) -> Self {
+        Self::start_with(network, hosts, Agents::simulated(hypervisor))
+    }
+
+    /// As [`Fleet::start_on`], with other agents.
+    ///
+    /// # Panics
+    /// When they do not find each other in time.
+    pub fn start_with(network: Network, hosts: usize, agents: Agents) -> Self {
         // short: unix sockets lie below it
         let dir = tempfile::Builder::new().prefix("mt").tempdir_in("/tmp").expect("make a temporary directory");
-        let mut fleet = Self {
-            controller: None,
-            hosts: Vec::new(),
-            domain: free_domain(),
-            network,
-            hypervisor: hypervisor.to_string(),
-            dir,
-        };
+        let mut fleet = Self { controller: None, hosts: Vec::new(), domain: free_domain(), network, agents, dir };
         fleet.start_controller();
         for n in 1..=hosts {
             let name = format!("host{n}");
             let dir = fleet.dir.path().join(format!("h{n}"));
-            fs::create_dir_all(&dir).expect("make a host's directory");
-            fleet.hosts.push(Host { name, dir, process: None });
+            let host = Host::new(name, dir, fleet.agents.survive);
+            fleet.hosts.push(host);
             fleet.start_host(n - 1);
         }
         fleet.wait_online(hosts);
@@ -146,20 +228,24 @@ impl Fleet {
 
     /// Starts an agent, or starts it again on what it had stored.
     pub fn start_host(&mut self, index: usize) {
-        let host = &self.hosts[index];
+        let (host, agents) = (&self.hosts[index], &self.agents);
         let text = format!(
             "lab = true\nname = '{name}'\ncell = {cell}\ninterface = '{interface}'\nmulticast = {multicast}\n\
-             state_dir = '{state}'\nrun_dir = '{run}'\nforce_stop = true\n[store]\nbudget = '512MiB'\nsurvive = false\n\
+             state_dir = '{state}'\nrun_dir = '{run}'\nforce_stop = true\n\
+             [store]\nbudget = '{budget}'\nsurvive = {survive}\n[export]\ntransport = '{transport}'\n\
              [hypervisor]\nuri = '{hypervisor}'\n[stream]\nlisten = '{interface}:0'\n",
             interface = self.network.interface(),
             multicast = self.network.multicast(),
             name = host.name,
             cell = self.cell(),
             state = host.dir.join("s").display(),
-            run = host.dir.join("r").display(),
-            hypervisor = self.hypervisor,
+            run = host.run_dir.display(),
+            budget = agents.budget,
+            survive = agents.survive,
+            transport = agents.transport,
+            hypervisor = agents.hypervisor,
         );
-        let config = host.dir.join("agent.toml");
+        let config = host.config();
         fs::write(&config, text).expect("write the agent's configuration");
         let process = spawn(&self.network, "muster-agent", &config, &host.dir.join("log"));
         self.hosts[index].process = Some(process);
@@ -170,6 +256,27 @@ impl Fleet {
         if let Some(mut process) = self.hosts[index].process.take() {
             process.kill().expect("kill an agent");
         }
+    }
+
+    /// `muster-agent stop` with these flags, and waits until the agent has ended.
+    ///
+    /// # Panics
+    /// When it refuses, or does not end.
+    pub fn stop_host(&mut self, index: usize, flags: &[&str]) {
+        let host = &mut self.hosts[index];
+        let stop = self
+            .network
+            .command(&program("muster-agent"))
+            .arg("--config")
+            .arg(host.config())
+            .arg("stop")
+            .args(flags)
+            .output()
+            .expect("run muster-agent stop");
+        assert!(stop.status.success(), "{}", String::from_utf8_lossy(&stop.stderr));
+        let mut process = host.process.take().expect("an agent runs");
+        let ended = wait_for("an agent to end", LIMIT, || process.child().try_wait().expect("ask for its end"));
+        assert!(ended.success(), "{ended}");
     }
 
     /// SIGKILL.
@@ -255,6 +362,20 @@ impl Fleet {
                 &pattern,
             ]);
             assert_eq!(outcomes(&made), [("done".to_string(), u64::from(vms_per_host))], "{made:#}");
+        }
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        self.controller = None;
+        for host in &mut self.hosts {
+            host.clear();
+            if std::thread::panicking() {
+                let log = host.log();
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("the last words of {}:\n{}", host.name, lines[lines.len().saturating_sub(30)..].join("\n"));
+            }
         }
     }
 }

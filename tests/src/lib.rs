@@ -5,7 +5,7 @@
 
 pub mod fleet;
 
-pub use fleet::{Fleet, Host, Network, outcomes, program};
+pub use fleet::{Agents, Fleet, Host, Network, outcomes, program};
 
 use std::{
     path::PathBuf,

@@ -8,6 +8,7 @@
 
 mod check;
 mod demo;
+mod fuzz;
 mod guest;
 mod python_idl;
 mod run;
@@ -28,6 +29,10 @@ usage: cargo xtask [--verbose] VERB
   check [--advisories]
                      the fast part of the tests: formatting, clippy, layering, licences and bans, documentation
   test [FILTER…]     setup, check, guest images and every test (FILTER: passed on to the test runner, skips check)
+  fuzz [--seconds N] [TARGET…]
+                     look for inputs that break a parser, N seconds (60) for each: nbd_session virtqueue qcow2
+  fuzz --keep [TARGET…]
+                     add what such runs found, made small, to the committed corpus
   python-types       write examples/python/muster_v1.py from the IDL
   bench [FILTER…]    the benches
   demo [--no-build]  a controller and three hosts on this machine run the main job; the fleet stays up
@@ -71,6 +76,11 @@ fn dispatch(verbose: bool, words: &[String]) -> Result<()> {
         ("check", ["--advisories"]) => check::all(&context("check")?, true),
         ("test", filters) => test::all(&context("test")?, filters),
         ("bench", filters) => test::bench(&context("bench")?, filters),
+        ("fuzz", words) => {
+            let context = context("fuzz")?;
+            setup::for_fuzzing(&context)?;
+            fuzz::run(&context, words)
+        }
         ("python-types", []) => python_types(&context("python-types")?),
         ("demo", []) => demo::up(&context("demo")?, true),
         ("demo", ["--no-build"]) => demo::up(&context("demo")?, false),

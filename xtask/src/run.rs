@@ -224,7 +224,8 @@ pub struct Outcome {
     pub stderr: String,
 }
 
-fn show_tail(output: &str) {
+/// The last lines of what a command said.
+pub fn show_tail(output: &str) {
     let lines: Vec<&str> = output.lines().collect();
     let skipped = lines.len().saturating_sub(SHOWN_LINES);
     if skipped > 0 {

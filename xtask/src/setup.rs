@@ -28,6 +28,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("libnbd-bin", "test: nbdinfo, nbdcopy"),
     ("nbdkit", "test: an NBD server to compare with"),
     ("fio", "test: verified load over NBD"),
+    ("g++", "test: libFuzzer is C++"),
     ("cyclonedds-tools", "test: idlc compiles our topics, ddsperf"),
     ("cyclonedds-dev", "test: the C library that idlc's output needs"),
     ("python3-venv", "test: Cyclone DDS for Python"),
@@ -56,6 +57,11 @@ pub fn all(context: &Context) -> Result<()> {
 pub fn for_demo(context: &Context) -> Result<()> {
     context.step("Debian packages", || packages(context))?;
     context.step("Cyclone DDS for Python", || python(context))
+}
+
+/// What the fuzzers need: packages only.
+pub fn for_fuzzing(context: &Context) -> Result<()> {
+    context.step("Debian packages", || packages(context))
 }
 
 /// Installs missing Debian packages, or says which command would.

@@ -1,10 +1,10 @@
-//! Every test, and the benches.
+//! Every test, a short run of the fuzzers, and the benches.
 
 use anyhow::Result;
 
 use crate::guest::Piece;
 use crate::run::Context;
-use crate::{check, guest, setup};
+use crate::{check, fuzz, guest, setup};
 
 /// Where tests find what was built for them.
 pub const GUEST_DIR_VARIABLE: &str = "MUSTER_GUEST_DIR";
@@ -36,6 +36,9 @@ pub fn all(context: &Context, filters: &[&str]) -> Result<()> {
                 .run()?;
             Ok(String::new())
         })?;
+    }
+    if filters.is_empty() {
+        fuzz::short(context)?;
     }
     Ok(())
 }

@@ -52,6 +52,7 @@
 
 mod access;
 mod connection;
+mod fuzz;
 pub mod handshake;
 pub mod protocol;
 pub mod registry;
@@ -67,6 +68,8 @@ pub mod vhost;
 
 pub use access::{Restricted, Rule};
 pub use connection::replay;
+#[doc(hidden)]
+pub use fuzz::fuzz_session;
 pub use handshake::{HandshakeLimits, Offer, Refusal};
 pub use registry::{Export, ExportCatalog, Peer, Registry, RegistryError};
 pub use server::{Listen, NbdConfig, NbdServer, ServerError};

@@ -23,7 +23,7 @@ use muster_bus::{
     Bus, Publisher, Subscriber,
     twin::{LossConfig, Network},
 };
-use muster_common::{ByteLen, Clock, CommandId, ControllerId, Digest, SystemClock, VmId};
+use muster_common::{ByteLen, Clock, CommandId, ControllerId, Digest, HostId, SystemClock, VmId};
 use muster_idl::{
     arguments::{ApplicationSpec, BootSpec, TemplateSpec},
     v1::{Argument, ControllerState, Event, GroupCommand, Member, Outcome, TargetKind, Verb, Verdict, VirtualSystem},
@@ -314,7 +314,7 @@ pub struct Place {
 }
 
 impl Drop for Place {
-    /// A test that failed leaves no QEMU behind.
+    /// A test that failed leaves no QEMU behind, an agent that was killed no boot files.
     fn drop(&mut self) {
         let ours = self.dir.path().to_string_lossy().into_owned();
         for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -324,6 +324,10 @@ impl Drop for Place {
             if program.contains("qemu-system") && command.contains(&ours) {
                 let _ = std::process::Command::new("kill").arg("-9").arg(process.file_name()).status();
             }
+        }
+        let id = std::fs::read_to_string(self.dir.path().join("s/host-id")).unwrap_or_default();
+        if let Ok(id) = id.trim().parse::<HostId>() {
+            let _ = std::fs::remove_dir_all(format!("/dev/shm/muster-{}", id.short()));
         }
     }
 }

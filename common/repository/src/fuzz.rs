@@ -32,18 +32,29 @@ pub fn reference(bytes: &[u8]) {
 }
 
 /// Opens the bytes as a qcow2 image and reads its first data, at most a few MiB.
+///
+/// # Panics
+/// When the spans are not what [`ReadAt::spans`] promises, or zeros are read as something else: that is the finding.
 pub fn qcow2(bytes: &[u8]) {
     let Ok(image) = Qcow2Image::open(Box::new(bytes.to_vec())) else { return };
-    let (mut at, mut left) = (0, 4 << 20);
+    let (mut at, mut left, mut zeros_left) = (0, 4 << 20, 16);
     let mut buf = vec![0; 64 << 10];
     for _ in 0..64 {
+        let asked = (image.size().0 - at).min(1 << 30);
         let mut spans = Vec::new();
-        if at >= image.size().0 || image.spans(at, 1 << 30, &mut spans).is_err() {
+        if asked == 0 || image.spans(at, asked, &mut spans).is_err() {
             return;
         }
+        let covered: u64 = spans.iter().map(|span| span.len).sum();
+        assert!((1..=asked).contains(&covered), "{covered} of {asked} bytes at {at} are told");
         for span in spans {
             let len = span.len.min(buf.len() as u64).min(left);
-            if !span.zero && len > 0 {
+            if span.zero && zeros_left > 0 {
+                let zeros = &mut buf[..span.len.min(512) as usize];
+                zeros.fill(1);
+                assert!(image.read_at(at, zeros).is_err() || zeros.iter().all(|b| *b == 0), "a hole at {at} has data");
+                zeros_left -= 1;
+            } else if !span.zero && len > 0 {
                 let _ = image.read_at(at, &mut buf[..len as usize]);
                 left -= len;
             }

@@ -280,6 +280,11 @@ impl<'a> Loopback<'a> {
         }
         for host in HOSTS {
             fs::remove_dir_all(self.run_dir(host)).ok();
+            // the agent keeps kernels there when its run folder is on a disk, and a killed one does not tidy up
+            let id = fs::read_to_string(self.node_dir(host).join("state/host-id")).unwrap_or_default();
+            if let Some(short) = id.get(..8) {
+                fs::remove_dir_all(Path::new("/dev/shm").join(format!("muster-{short}"))).ok();
+            }
         }
         if let Some(parent) = self.run_dir(HOSTS[0]).parent() {
             fs::remove_dir(parent).ok();
