@@ -15,14 +15,16 @@
 //!
 //! Bits and counts here are of this process; who attaches finds them again by comparing a volume with its origin.
 
-use std::sync::atomic::{
-    AtomicU64,
-    Ordering::{Relaxed, SeqCst},
+use crate::{
+    config::WhenFull,
+    sync::{
+        Mutex, RwLock,
+        atomic::{
+            AtomicU64,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
 };
-
-use parking_lot::{Mutex, RwLock};
-
-use crate::config::WhenFull;
 
 /// Blocks of a leaf: the bits of a word.
 const LEAF_BLOCKS: u64 = 64;

@@ -8,16 +8,20 @@
 //! marks a frame does so before it takes the frame's memory away, and whoever puts the memory back does so before it takes
 //! the mark away; both count the frame's sequence up.
 
-use std::{
-    io,
-    sync::atomic::{
-        AtomicBool, AtomicU64,
-        Ordering::{Acquire, Relaxed, SeqCst},
-        fence,
+use std::io;
+
+use crate::{
+    arena::Words,
+    memory::Memory,
+    sync::{
+        Padded,
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Acquire, Relaxed, SeqCst},
+            fence,
+        },
     },
 };
-
-use crate::{arena::Words, memory::Memory, sync::Padded};
 
 /// Ways the sequence is split.
 const SEQUENCES: usize = 64;

@@ -12,21 +12,20 @@
 //!
 //! Lock order: cache, then central. `purging` is taken before both, by one purge at a time.
 
-use std::{
-    ops::Range,
-    sync::atomic::{AtomicU64, Ordering::Relaxed},
-};
-
-use parking_lot::Mutex;
+use std::ops::Range;
 
 use crate::{
     arena::Words,
-    sync::{Padded, SLOTS, slot},
+    sync::{
+        Mutex, Padded, SLOTS,
+        atomic::{AtomicU64, Ordering::Relaxed},
+        slot,
+    },
 };
 
 /// Numbers moved between a cache and the central list at once: large enough that the central lock is rare, small enough
-/// that what sits in caches is nothing (16 slots x 64 frames = 4 MiB).
-const BATCH: usize = 32;
+/// that what sits in caches is nothing (16 slots x 64 frames = 4 MiB). (Few where schedules are tried out.)
+const BATCH: usize = if cfg!(feature = "shuttle") { 2 } else { 32 };
 
 /// Where the bits begin: on a cache line of their own.
 const BITS_AT: usize = 16;

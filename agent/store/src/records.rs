@@ -33,19 +33,23 @@
 //!
 //! A process that dies between any two stores leaves a record as it was or as it was to be.
 
-use std::{
-    io,
-    sync::atomic::{
-        AtomicU32,
-        Ordering::{Acquire, Relaxed, Release},
-    },
-};
+use std::io;
 
 use muster_common::{Digest, VolumeId};
-use parking_lot::Mutex;
 use twox_hash::XxHash3_64;
 
-use crate::{PageKind, arena::Words, memory::Memory};
+use crate::{
+    PageKind,
+    arena::Words,
+    memory::Memory,
+    sync::{
+        Mutex,
+        atomic::{
+            AtomicU32,
+            Ordering::{Acquire, Relaxed, Release},
+        },
+    },
+};
 
 const MAGIC: [u32; 2] = [u32::from_le_bytes(*b"MUST"), u32::from_le_bytes(*b"ERST")];
 const VERSION: u32 = 1;
