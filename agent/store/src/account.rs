@@ -343,6 +343,60 @@ mod tests {
         }
     }
 
+    const WANTED: u64 = 40;
+
+    proptest! {
+        /// A volume with a reservation, as the map uses its account, while nobody else leaves a frame in the store.
+        #[test]
+        fn what_is_kept_suffices_for_any_writes_within_the_reservation(
+            steps in prop::collection::vec((0..8u8, 0..WANTED), 1..300),
+        ) {
+            let account = Account::new(Limits { reservation: WANTED * 4096, ..Limits::default() }, 128 * 4096);
+            let mut next = 1;
+            let mut top_up = |after_cut| {
+                let lack = account.lack(after_cut).frames as u32;
+                account.fill((next..next + lack).collect(), Vec::new());
+                next += lack;
+            };
+            top_up(false);
+            // the frame of each block, while it is the volume's alone
+            let mut fresh = std::collections::BTreeMap::new();
+            for (step, block) in steps {
+                let (leaf, bit) = (block / LEAF_BLOCKS, 1 << (block % LEAF_BLOCKS));
+                let dropped = match step {
+                    0..5 => {
+                        let frame = account.frame();
+                        prop_assert!(frame.is_some(), "the promise is broken");
+                        prop_assert!(account.write(leaf, bit, 0));
+                        fresh.insert(block, frame.unwrap_or_default())
+                    }
+                    5 | 6 => {
+                        prop_assert!(account.write(leaf, 0, bit));
+                        fresh.remove(&block)
+                    }
+                    _ => {
+                        // a copy is made, once all is kept that it takes: it holds the frames from now on
+                        top_up(true);
+                        account.cut();
+                        fresh.clear();
+                        None
+                    }
+                };
+                // what is not kept goes to others
+                let _ = dropped.map(|frame| account.keep_frame(frame));
+                let kept = account.kept_frames();
+                prop_assert!(kept + fresh.len() as u64 >= WANTED, "{kept} kept, {} fresh", fresh.len());
+                prop_assert!(kept <= WANTED + UNDER_WAY);
+                let mut all = account.kept().0;
+                all.extend(fresh.values());
+                let count = all.len();
+                all.sort_unstable();
+                all.dedup();
+                prop_assert_eq!(all.len(), count, "a frame is in two hands");
+            }
+        }
+    }
+
     #[test]
     fn frames_come_back_until_the_reservation_is_whole() {
         let limits = Limits { reservation: 1000 * 4096, ..Limits::default() };
