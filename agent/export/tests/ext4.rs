@@ -29,6 +29,8 @@ const SIZE: ByteLen = ByteLen::mib(96);
 const WRITERS: u64 = 2;
 const FILES: u64 = 24;
 const LONGEST: u64 = 300_000;
+/// A file that never changes.
+const MARK: &str = "mark";
 const PLACE: &str = "MUSTER_TEST_PLACE";
 
 fn volume_id() -> VolumeId {
@@ -150,7 +152,10 @@ fn put(directory: &Path, name: &str, new: Option<u64>) -> io::Result<()> {
             _ => {}
         },
     }
-    File::open(directory)?.sync_all()
+    File::open(directory)?.sync_all()?;
+    // A directory's fsync returns without an error, too, when its changes were in a commit of somebody else's that has failed
+    // (jbd2: "nothing to commit"). A file's asks the device, always: when that answers now, it did so then.
+    File::open(directory.join(MARK))?.sync_all()
 }
 
 /// Every file is there as it is known to be. What was under way happened or not; after this it is known.
@@ -169,13 +174,26 @@ fn check(directory: &Path, known: &mut Known) {
         }
         let is = may.iter().find(|may| may.map(contents) == found);
         let Some(is) = is else {
-            panic!("{name} in {} is not as it was when its fsync returned", directory.display());
+            let path = directory.join(&name);
+            panic!("{} is not as it was when its fsync returned: {}", path.display(), differs(&may, found.as_deref()));
         };
         match is {
             Some(seed) => known.files.insert(name, *seed),
             None => known.files.remove(&name),
         };
     }
+}
+
+/// What a file is and what it might have been, for who has to find out why.
+fn differs(may: &[Option<u64>], found: Option<&[u8]>) -> String {
+    let Some(found) = found else { return format!("it is absent, and might be {may:?}") };
+    let of_one = |seed: &Option<u64>| {
+        let Some(wanted) = seed.map(contents) else { return "absent".to_owned() };
+        let blocks = found.chunks(4096).zip(wanted.chunks(4096)).enumerate().filter(|(_, (a, b))| a != b);
+        let blocks: Vec<_> = blocks.map(|(n, (a, _))| (n, a.iter().all(|byte| *byte == 0), a[0])).collect();
+        format!("{} bytes, differing in blocks (number, zero, first byte) {blocks:?}", wanted.len())
+    };
+    format!("it has {} bytes; might be {:?}", found.len(), may.iter().map(of_one).collect::<Vec<_>>())
 }
 
 struct Tools {
@@ -208,7 +226,10 @@ fn rounds(kills: u64) {
         let mounted = tools.nbdfuse();
         run(Command::new("mkfs.ext4").args(["-q", "-F"]).arg(mounted.file()));
         let _files = Ext4::mount(&mounted.file(), &tools.path("files"));
-        (0..WRITERS as usize).for_each(|writer| fs::create_dir(directory(writer)).unwrap());
+        for writer in 0..WRITERS as usize {
+            fs::create_dir(directory(writer)).unwrap();
+            fs::write(directory(writer).join(MARK), b"").unwrap();
+        }
     }
     let mut total = 0;
     for round in 1..=kills {
