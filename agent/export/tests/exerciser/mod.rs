@@ -65,6 +65,8 @@ pub struct Exerciser<T> {
     model: Vec<u8>,
     seed: u64,
     random: Random,
+    /// Where requests begin and how long they are is a multiple of this.
+    unit: u64,
     number: u64,
     last: VecDeque<Request>,
     counts: BTreeMap<Kind, u64>,
@@ -74,7 +76,12 @@ impl<T: Target> Exerciser<T> {
     /// `model` is what the disk holds now.
     pub fn new(target: T, model: Vec<u8>, seed: u64) -> Exerciser<T> {
         let random = Random(seed);
-        Exerciser { target, model, seed, random, number: 0, last: VecDeque::new(), counts: BTreeMap::new() }
+        Exerciser { target, model, seed, random, unit: 1, number: 0, last: VecDeque::new(), counts: BTreeMap::new() }
+    }
+
+    /// For what takes sectors only. Mapped ones are pages anyway.
+    pub fn in_units_of(self, unit: u64) -> Exerciser<T> {
+        Exerciser { unit, ..self }
     }
 
     /// Does so many requests and compares everything at the end. What the disk holds then, and how often what was done.
@@ -111,7 +118,7 @@ impl<T: Target> Exerciser<T> {
         if matches!(kind, Kind::Flush | Kind::Reopen) {
             return Request { number: self.number, kind, at: 0, len: 0 };
         }
-        let unit = [1, 512, 4096][self.random.below(3) as usize];
+        let unit = self.unit.max([1, 512, 4096][self.random.below(3) as usize]);
         let size = self.model.len() as u64;
         let most = if self.random.below(20) == 0 { LONGEST } else { USUAL };
         let at = self.random.below(size) / unit * unit;

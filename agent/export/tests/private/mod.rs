@@ -73,10 +73,16 @@ impl Nbdfuse {
 
     /// `place` is a directory that is made.
     pub fn mount(place: &Path, uri: &str) -> Nbdfuse {
+        Nbdfuse::mount_with(place, &[uri])
+    }
+
+    /// `export` is how nbdfuse finds it.
+    pub fn mount_with(place: &Path, export: &[&str]) -> Nbdfuse {
         std::fs::create_dir_all(place).unwrap();
         let ready = place.with_extension("pid");
         let _ = std::fs::remove_file(&ready);
-        let mut child = Command::new("nbdfuse").arg("-P").arg(&ready).arg(place.join("disk")).arg(uri).spawn().unwrap();
+        let mut child =
+            Command::new("nbdfuse").arg("-P").arg(&ready).arg(place.join("disk")).args(export).spawn().unwrap();
         wait_for("nbdfuse to serve", || {
             assert!(child.try_wait().unwrap().is_none(), "nbdfuse ended");
             ready.exists()
