@@ -16,6 +16,13 @@ pub fn all(context: &Context, advisories: bool) -> Result<()> {
             .args(["clippy", "--quiet", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])
             .run()
             .context("clippy has something to say (if it is that libvirt is not found: `cargo xtask setup`)")?;
+        // what only one test is compiled with
+        context
+            .cargo()
+            .args(["clippy", "--quiet", "--package", "muster-store", "--features", "shuttle", "--lib"])
+            .args(["--profile", "test", "--locked", "--", "-D", "warnings"])
+            .run()
+            .context("clippy has something to say about agent/store/src/schedules")?;
         Ok(String::new())
     })?;
     context.step("layering", || {

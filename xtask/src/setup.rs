@@ -21,11 +21,12 @@ const PACKAGES: &[(&str, &str)] = &[
     // guest images
     ("debootstrap", "guest: Debian's base system"),
     ("debian-archive-keyring", "guest: checks what debootstrap fetches"),
-    ("e2fsprogs", "guest: mke2fs"),
+    ("e2fsprogs", "guest: mke2fs; test: a file system that survives kills"),
     ("cpio", "guest: initramfs"),
     ("lz4", "guest: initramfs"),
     // tests against other implementations
-    ("libnbd-bin", "test: nbdinfo, nbdcopy"),
+    ("libnbd-bin", "test: nbdinfo, nbdcopy, nbdfuse"),
+    ("fuse3", "test: a disk as a file, by nbdfuse"),
     ("nbdkit", "test: an NBD server to compare with"),
     ("fio", "test: verified load over NBD"),
     ("g++", "test: libFuzzer is C++"),
@@ -36,7 +37,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("iproute2", "demo: network namespaces, bridge"),
     ("nftables", "demo: firewall between the hosts"),
     ("procps", "demo: processes"),
-    ("util-linux", "demo: mount namespaces"),
+    ("util-linux", "demo, test: mount namespaces"),
 ];
 
 /// The Python module that reads and writes our topics with another vendor's DDS.

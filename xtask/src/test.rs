@@ -15,6 +15,14 @@ pub fn all(context: &Context, filters: &[&str]) -> Result<()> {
     if filters.is_empty() {
         check::all(context, false)?;
     }
+    if filters.is_empty() {
+        // with locks and atomics of its own: another build of the store than the one below
+        context.step("schedules of the store", || {
+            let test = ["test", "--quiet", "--locked", "--package", "muster-store", "--features", "shuttle", "--lib"];
+            context.cargo().args(test).arg("schedules").run()?;
+            Ok(String::new())
+        })?;
+    }
     guest::build(context, &[Piece::Kernel, Piece::Tiny, Piece::Debian])?;
     // some tests start the programs as an operator would; a test build alone does not leave them behind
     context.step("build the programs", || {

@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
+mod certificates;
 mod common;
 
 use std::io::{Read, Write};
@@ -12,45 +13,18 @@ use std::process::Output;
 use std::sync::Arc;
 use std::time::Duration;
 
+use certificates::{Authority, authority, issue};
 use common::{handshake_bytes, option_bytes, read_option_reply, run, tool, wait_for};
 use muster_block::BlockDevice;
 use muster_block::model::MemoryDevice;
 use muster_common::ByteLen;
 use muster_export::protocol::{option, option_reply};
 use muster_export::{Listen, NbdConfig, NbdServer, Operation, Peer, Registry, Restricted, Tls};
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose, SanType,
-};
+use rcgen::{ExtendedKeyUsagePurpose, SanType};
 
 const SIZE: usize = 6 << 20;
 const ALICE: &str = "spiffe://muster/host/alice";
 const BOB: &str = "bob";
-
-type Authority = CertifiedIssuer<'static, KeyPair>;
-
-fn authority(name: &str) -> Authority {
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::CommonName, name);
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-    CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap()
-}
-
-/// Certificate and key as PEM.
-fn issue(by: &Authority, common_name: &str, names: Vec<SanType>, usage: ExtendedKeyUsagePurpose) -> (String, String) {
-    let key = KeyPair::generate().unwrap();
-    let mut params = CertificateParams::default();
-    params.distinguished_name = DistinguishedName::new();
-    params.distinguished_name.push(DnType::OrganizationName, "muster tests");
-    params.distinguished_name.push(DnType::CommonName, common_name);
-    params.subject_alt_names = names;
-    params.is_ca = IsCa::ExplicitNoCa;
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![usage];
-    (params.signed_by(&key, by).unwrap().pem(), key.serialize_pem())
-}
 
 struct Fixture {
     directory: tempfile::TempDir,

@@ -15,14 +15,16 @@
 //!
 //! Bits and counts here are of this process; who attaches finds them again by comparing a volume with its origin.
 
-use std::sync::atomic::{
-    AtomicU64, AtomicUsize,
-    Ordering::{Relaxed, SeqCst},
+use crate::{
+    config::WhenFull,
+    sync::{
+        Mutex, RwLock,
+        atomic::{
+            AtomicU64, AtomicUsize,
+            Ordering::{Relaxed, SeqCst},
+        },
+    },
 };
-
-use parking_lot::{Mutex, RwLock};
-
-use crate::config::WhenFull;
 
 /// Blocks of a leaf: the bits of a word.
 const LEAF_BLOCKS: u64 = 64;
@@ -374,6 +376,60 @@ mod tests {
                     model = after;
                 }
                 prop_assert_eq!(account.own_blocks(), Some(count(&model)));
+            }
+        }
+    }
+
+    const WANTED: u64 = 40;
+
+    proptest! {
+        /// A volume with a reservation, as the map uses its account, while nobody else leaves a frame in the store.
+        #[test]
+        fn what_is_kept_suffices_for_any_writes_within_the_reservation(
+            steps in prop::collection::vec((0..8u8, 0..WANTED), 1..300),
+        ) {
+            let account = Account::new(Limits { reservation: WANTED * 4096, ..Limits::default() }, 128 * 4096);
+            let mut next = 1;
+            let mut top_up = |after_cut| {
+                let lack = account.lack(after_cut).frames as u32;
+                account.fill((next..next + lack).collect(), Vec::new());
+                next += lack;
+            };
+            top_up(false);
+            // the frame of each block, while it is the volume's alone
+            let mut fresh = std::collections::BTreeMap::new();
+            for (step, block) in steps {
+                let (leaf, bit) = (block / LEAF_BLOCKS, 1 << (block % LEAF_BLOCKS));
+                let dropped = match step {
+                    0..5 => {
+                        let frame = account.frame();
+                        prop_assert!(frame.is_some(), "the promise is broken");
+                        prop_assert!(account.write(leaf, bit, 0));
+                        fresh.insert(block, frame.unwrap_or_default())
+                    }
+                    5 | 6 => {
+                        prop_assert!(account.write(leaf, 0, bit));
+                        fresh.remove(&block)
+                    }
+                    _ => {
+                        // a copy is made, once all is kept that it takes: it holds the frames from now on
+                        top_up(true);
+                        account.cut();
+                        fresh.clear();
+                        None
+                    }
+                };
+                // what is not kept goes to others
+                let _ = dropped.map(|frame| account.keep_frame(frame));
+                let kept = account.kept_frames();
+                prop_assert!(kept + fresh.len() as u64 >= WANTED, "{kept} kept, {} fresh", fresh.len());
+                prop_assert!(kept <= WANTED + UNDER_WAY);
+                let mut all = account.kept().0;
+                all.extend(fresh.values());
+                let count = all.len();
+                all.sort_unstable();
+                all.dedup();
+                prop_assert_eq!(all.len(), count, "a frame is in two hands");
             }
         }
     }

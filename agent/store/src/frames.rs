@@ -9,18 +9,7 @@
 //! A domain has its own key, and a frame is found only by its own domain, so that no tenant learns by timing what another
 //! one has stored.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{
-            AtomicU32,
-            Ordering::{AcqRel, Acquire, Relaxed, Release},
-        },
-    },
-};
-
-use parking_lot::RwLock;
+use std::{io, sync::Arc};
 
 use twox_hash::XxHash3_64;
 
@@ -34,7 +23,13 @@ use crate::{
     memory::Memory,
     pool::{Budget, Pool, Unit},
     spill::Spill,
-    sync::World,
+    sync::{
+        RwLock, World,
+        atomic::{
+            AtomicU32,
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
+        },
+    },
 };
 
 /// Why a block was not stored, or not read.
@@ -342,7 +337,7 @@ impl Engine {
     /// index.
     #[inline]
     pub(crate) fn prefetch_words(&self, frame: u32) {
-        prefetch(self.frames.references(frame).as_ptr().addr());
+        prefetch(std::ptr::from_ref(self.frames.references(frame)).addr());
     }
 
     #[inline]

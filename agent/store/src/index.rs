@@ -7,15 +7,18 @@
 //!
 //! Cost: tables grow by 2/5 at 4/5 full: 10 to 14 bytes a frame.
 
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-
-use parking_lot::{Mutex, MutexGuard};
-
-use crate::{arena::prefetch, pool::Budget, sync::Padded};
+use crate::{
+    arena::prefetch,
+    pool::Budget,
+    sync::{
+        Mutex, MutexGuard, Padded,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
 
 /// Enough that 16 threads seldom meet in one, and that growing one (under its lock) takes well under a millisecond
-/// for 64 GiB of frames.
-pub(crate) const SHARDS: usize = 1024;
+/// for 64 GiB of frames. (Few where schedules are tried out: there they are to meet.)
+pub(crate) const SHARDS: usize = if cfg!(feature = "shuttle") { 2 } else { 1024 };
 const SHARD_BITS: u32 = SHARDS.trailing_zeros();
 
 /// Equal tags are looked at, and compared, this often in one search. In a store of 64 GiB two different blocks share a

@@ -68,6 +68,8 @@
 //! reads a snapshot, and so meets nobody. One that finds a frame and one that drops its last reference: the count goes to 0 only under that
 //! lock. Two that own nodes below a shared one: each copies it, the second to let go frees it.
 //!
+//! `schedules/mod.rs` tries such meetings out, with a scheduler that chooses at each lock and atomic operation who goes on.
+//!
 //! # Threads and locks
 //! No threads of its own. Order: world, images, volumes, then building or books, then the stripes of a map (ascending), a
 //! shard, a pool's cache, its central list. Purges of a pool exclude each other by a lock taken before its caches. Nobody
@@ -77,7 +79,11 @@
 //! Durability (a journal's and the backup's): memory that outlives the process does not outlive the machine. Naming and
 //! counting of exports (the agent's), reading image formats (the repository's), deciding when to scrub (no threads).
 
+#[cfg(all(feature = "shuttle", not(test)))]
+compile_error!("the feature shuttle is for one test: cargo test -p muster-store --features shuttle --lib schedules");
+
 mod account;
+#[cfg_attr(feature = "shuttle", path = "schedules/arena.rs")]
 mod arena;
 mod attach;
 mod audit;
@@ -93,6 +99,8 @@ mod marks;
 mod memory;
 mod pool;
 mod records;
+#[cfg(feature = "shuttle")]
+mod schedules;
 mod scrub;
 mod spill;
 mod stats;

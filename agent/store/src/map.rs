@@ -27,19 +27,9 @@
 //! written. Counts, the index, free lists and numbers of mapped blocks are not believed: they are found again
 //! (`attach.rs`).
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{
-            AtomicU32, AtomicU64,
-            Ordering::{AcqRel, Acquire, Relaxed, Release},
-        },
-    },
-};
+use std::{io, sync::Arc};
 
 use muster_block::{Extent, ExtentKind};
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::{
     PageKind,
@@ -48,7 +38,13 @@ use crate::{
     frames::{Domain, Engine, Failed, STICKY, count_up},
     memory::Memory,
     pool::{Pool, Unit},
-    sync::Padded,
+    sync::{
+        Padded, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{
+            AtomicU32, AtomicU64,
+            Ordering::{AcqRel, Acquire, Relaxed, Release},
+        },
+    },
 };
 
 /// Entries of a node. Small, because the first write below a shared node copies it and counts up all it names; not

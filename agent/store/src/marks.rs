@@ -8,16 +8,20 @@
 //! marks a frame does so before it takes the frame's memory away, and whoever puts the memory back does so before it takes
 //! the mark away; both count the frame's sequence up.
 
-use std::{
-    io,
-    sync::atomic::{
-        AtomicBool, AtomicU64,
-        Ordering::{Acquire, Relaxed, SeqCst},
-        fence,
+use std::io;
+
+use crate::{
+    arena::Words,
+    memory::Memory,
+    sync::{
+        Padded,
+        atomic::{
+            AtomicBool, AtomicU64,
+            Ordering::{Acquire, Relaxed, SeqCst},
+            fence,
+        },
     },
 };
-
-use crate::{arena::Words, memory::Memory, sync::Padded};
 
 /// Ways the sequence is split.
 const SEQUENCES: usize = 64;
@@ -154,7 +158,32 @@ impl Marks {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_marks_equal_a_list(steps in prop::collection::vec((0..200u32, 0..3u8), 1..400)) {
+            let marks = Marks::reserve(200, &Memory::Private).unwrap();
+            let mut model = [Mark::Here; 200];
+            for (frame, mark) in steps {
+                let mark = [Mark::Here, Mark::Away, Mark::Damaged][usize::from(mark)];
+                let (_, sequence) = marks.begin(frame);
+                prop_assert!(marks.unchanged(frame, sequence));
+                marks.set(frame, mark);
+                prop_assert!(!marks.unchanged(frame, sequence), "a reader would not notice");
+                model[frame as usize] = mark;
+                let count = |wanted| model.iter().filter(|mark| **mark == wanted).count() as u64;
+                prop_assert_eq!(marks.counts(), (count(Mark::Away), count(Mark::Damaged)));
+            }
+            prop_assert!((0..).zip(model).all(|(frame, mark)| marks.get(frame) == mark));
+            let counts = marks.counts();
+            marks.adopt(199);
+            prop_assert_eq!(marks.counts(), counts);
+            prop_assert!(marks.armed() || counts == (0, 0));
+        }
+    }
 
     #[test]
     fn a_mark_is_its_frames_alone_and_is_counted() {

@@ -33,19 +33,23 @@
 //!
 //! A process that dies between any two stores leaves a record as it was or as it was to be.
 
-use std::{
-    io,
-    sync::atomic::{
-        AtomicU32,
-        Ordering::{Acquire, Relaxed, Release},
-    },
-};
+use std::io;
 
 use muster_common::{Digest, VolumeId};
-use parking_lot::Mutex;
 use twox_hash::XxHash3_64;
 
-use crate::{PageKind, arena::Words, memory::Memory};
+use crate::{
+    PageKind,
+    arena::Words,
+    memory::Memory,
+    sync::{
+        Mutex,
+        atomic::{
+            AtomicU32,
+            Ordering::{Acquire, Relaxed, Release},
+        },
+    },
+};
 
 const MAGIC: [u32; 2] = [u32::from_le_bytes(*b"MUST"), u32::from_le_bytes(*b"ERST")];
 const VERSION: u32 = 1;
@@ -387,6 +391,10 @@ fn decode(words: &[AtomicU32]) -> Option<Record> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn record(n: u8) -> Record {
@@ -408,6 +416,45 @@ mod tests {
                 quota: 1 << 33,
                 reservation: 7,
             },
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_use_of_records_equals_a_table(steps in prop::collection::vec((0..8u8, any::<u8>()), 1..120)) {
+            let records = Records::reserve(&Memory::Private).unwrap();
+            let mut model = BTreeMap::new();
+            for (step, n) in steps {
+                let chosen = model.keys().nth(usize::from(n) % model.len().max(1)).copied();
+                match (step, chosen) {
+                    (0..3, _) | (_, None) => {
+                        let record = record(n);
+                        let number = records.add(&record).unwrap();
+                        prop_assert!(number > 0 && model.insert(number, record).is_none());
+                    }
+                    (3, Some(number)) => {
+                        records.remove(number);
+                        model.remove(&number);
+                    }
+                    (4, Some(number)) => {
+                        // of what never changes: kind, identity, label
+                        let word = [1, 4, 9, 17, 19, LABEL_AT][usize::from(n) % 6];
+                        records.record(number)[word].fetch_xor(1 << (n % 32), Relaxed);
+                        prop_assert_eq!(records.all().1, [number]);
+                        model.remove(&number);
+                    }
+                    (_, Some(number)) => {
+                        let change = |variant: &mut Variant| {
+                            variant.generation += 1;
+                            variant.top = u32::from(n);
+                        };
+                        records.change(number, change);
+                        change(&mut model.get_mut(&number).unwrap().variant);
+                    }
+                }
+                let found: BTreeMap<u32, Record> = records.all().0.into_iter().collect();
+                prop_assert_eq!(&found, &model);
+            }
         }
     }
 

@@ -22,13 +22,9 @@ use std::{
     io,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::PathBuf,
-    sync::{
-        Arc, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
-    },
+    sync::{Arc, Weak},
 };
 
-use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, flock};
 
 use crate::{
@@ -37,7 +33,10 @@ use crate::{
     frames::{Engine, Failed},
     map::Map,
     marks::{Mark, Marks},
-    sync::Padded,
+    sync::{
+        Mutex, Padded,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 const LOCKS: usize = 64;

@@ -508,7 +508,7 @@ impl Store {
             world: World::default(),
             pages: layout.pages,
             spill,
-            domains: RwLock::default(),
+            domains: Default::default(),
             sticky,
         };
         if engine.spill.is_some() {

@@ -1,14 +1,20 @@
-//! Small things for many threads: cache-line padding, a slot number per thread, and the lock that stops the world.
+//! Small things for many threads: cache-line padding, a slot number per thread, and the lock that stops the world. And the
+//! locks and atomics of everything threads share, so that they can be others where schedules are tried out
+//! (`schedules/mod.rs`).
 
-use std::{
-    cell::Cell,
-    sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
-};
+#[cfg(not(feature = "shuttle"))]
+pub(crate) use std::sync::atomic;
 
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+#[cfg(not(feature = "shuttle"))]
+pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+#[cfg(feature = "shuttle")]
+pub(crate) use crate::schedules::sync::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard, atomic, slot};
+
+use atomic::{AtomicU64, Ordering::Relaxed};
 
 /// How many ways per-thread things are split. More threads than this share.
-pub(crate) const SLOTS: usize = 16;
+pub(crate) const SLOTS: usize = if cfg!(feature = "shuttle") { 2 } else { 16 };
 
 /// Keeps neighbours in an array off each other's cache line.
 #[derive(Default)]
@@ -16,7 +22,9 @@ pub(crate) const SLOTS: usize = 16;
 pub(crate) struct Padded<T>(pub(crate) T);
 
 /// The calling thread's slot, dealt out in turn.
+#[cfg(not(feature = "shuttle"))]
 pub(crate) fn slot() -> usize {
+    use std::{cell::Cell, sync::atomic::AtomicUsize};
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     thread_local! {
         static MINE: Cell<usize> = const { Cell::new(usize::MAX) };
