@@ -52,6 +52,8 @@ pub struct Config {
     pub parallel_commands: usize,
     pub store: StoreSection,
     #[serde(default)]
+    pub scrub: ScrubSection,
+    #[serde(default)]
     pub export: ExportSection,
     #[serde(default)]
     pub hypervisor: HypervisorSection,
@@ -85,6 +87,20 @@ pub enum PageChoice {
     Small,
     Thp,
     Hugetlb,
+}
+
+/// Looking for damage in the store's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScrubSection {
+    /// Bytes a second; 0: never. Absent: so that all of it is looked at once a day.
+    pub rate: Option<ByteLen>,
+}
+
+impl ScrubSection {
+    pub fn is_on(&self) -> bool {
+        self.rate != Some(ByteLen::ZERO)
+    }
 }
 
 /// How the disks of VMs are served, from each VM's next cold start on.
@@ -281,6 +297,7 @@ impl Config {
             force_stop: false,
             parallel_commands: default_parallel(),
             store: StoreSection { budget, pages: PageChoice::Auto, survive: false },
+            scrub: ScrubSection::default(),
             export: ExportSection::default(),
             hypervisor: HypervisorSection { uri: "none".into(), ..HypervisorSection::default() },
             stream: StreamSection { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None },
@@ -380,7 +397,8 @@ mod tests {
                 }
             }
         }
-        let mut names = vec!["advertise".to_string(), "directory".into(), "interface".into(), "name".into()];
+        let mut names =
+            vec!["advertise".to_string(), "directory".into(), "interface".into(), "name".into(), "rate".into()];
         keys(&effective, &mut names);
         for name in names {
             assert!(text.contains(&format!("{name} = ")), "examples/config/agent.toml does not explain {name}");

@@ -149,6 +149,8 @@ fn status(host: &Host) -> serde_json::Value {
             "vm": e.record.vm, "name": e.record.name, "state": e.shown_state().as_str(), "guest_up": e.guest_up,
         })).collect::<Vec<_>>(),
         "controllers": host.presence.lock().controllers().values().map(|c| c.name.clone()).collect::<Vec<_>>(),
+        "scrub": host.scrub.counts(),
+        "damaged_blocks": host.volumes.store.stats().damaged_blocks,
         "evidence": accounting::evidence(host),
     })
 }

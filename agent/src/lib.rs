@@ -27,7 +27,7 @@
 //! 6. A panic in an order is a verdict; a panic in an export session fences that export. Neither ends the agent.
 //! 7. It does not start unless `lab = true`: there is no authentication yet.
 //!
-//! Threads: tokio's for control; `agent-voice`, `agent-telemetry`, `agent-events`; those of bus, pool and exports. All are
+//! Threads: tokio's for control; `agent-voice`, `agent-telemetry`, `agent-events`, `agent-scrub`; those of bus, pool and exports. All are
 //! joined in the order written in [`supervise`]. Locks: inventory, presence, manifests: each a leaf, none held while
 //! anything is called or awaited.
 //!
@@ -55,7 +55,9 @@ mod mend;
 mod observer;
 pub mod presence;
 pub mod records;
+mod repair;
 mod sampling;
+mod scrub;
 pub mod stop;
 mod stream;
 pub mod supervise;

@@ -8,7 +8,7 @@
 //! 1. `control`, `stream`: nobody new comes in; open streams end.
 //! 2. `driver`: no new command is begun; what runs gets `stop_ms`, the rest is read back by the next run. Then what
 //!    outlives its order (`aftercare`) gets as long again.
-//! 3. `listen`, `watch_states`, `watch_guests`, `mend`, `nudge`, thread `agent-events`.
+//! 3. `listen`, `watch_states`, `watch_guests`, `mend`, `nudge`, threads `agent-events`, `agent-scrub`.
 //! 4. thread `agent-telemetry` (its last word: shutting down), then `beat`.
 //! 5. thread `agent-voice`: says what is queued.
 //! 6. `libvirt-*` threads: what waits is given up, what runs gets `stop_ms`.
@@ -30,6 +30,7 @@ use muster_store::{Attached, Store, StoreError};
 use muster_virt::{DomainState, Hypervisor, Lane};
 use parking_lot::Mutex;
 use tokio::{
+    runtime::Handle,
     sync::{mpsc, watch},
     task::JoinHandle as Task,
 };
@@ -51,6 +52,7 @@ use crate::{
     mend, observer,
     presence::Presence,
     records::{RecordError, Records, VmRecord},
+    scrub,
     stop::{Stop, StopRefused, prepare_stop},
     stream,
     telemetry::{self, Telemetry},
@@ -138,6 +140,9 @@ impl StartError {
     }
 }
 
+/// A thread of ours.
+type Named = (&'static str, JoinHandle<()>);
+
 /// A running agent. Ends in [`Agent::stop`]; dropped without it, it is as if it had been killed, but for its threads.
 pub struct Agent {
     host: Arc<Host>,
@@ -145,7 +150,7 @@ pub struct Agent {
     /// In the order of the module's list.
     doors: (CancellationToken, Vec<Task<()>>),
     driver: (CancellationToken, Task<()>),
-    watchers: (CancellationToken, Vec<Task<()>>, Option<JoinHandle<()>>),
+    watchers: (CancellationToken, Vec<Task<()>>, Vec<Named>),
     telemetry: (CancellationToken, JoinHandle<()>, Task<()>),
     voice: JoinHandle<()>,
     exports: NbdServer,
@@ -246,6 +251,7 @@ impl Agent {
             record_changes: Mutex::default(),
             draining: DrainMark::new(&config.state_dir),
             boot_files,
+            scrub: Default::default(),
             presence: Mutex::new(Presence::new(identity.host, identity.incarnation, silence, clock.now_us())),
             voice: voice.clone(),
             beats,
@@ -291,14 +297,20 @@ impl Agent {
         let (wake_in, wake) = crossbeam_channel::bounded(1);
         let sampler = Telemetry::new(Arc::clone(&host), &bus)?;
         let heartbeat = bus.publisher()?;
-        let events_thread = match host.machines.pool() {
-            None => None,
-            Some(pool) => {
-                let events = pool.hypervisor().events();
-                let (host, stop) = (Arc::clone(&host), watching.clone());
-                Some(named("agent-events", move || observer::follow_events(&host, &events, &stop))?)
-            }
+        let mut watching_threads = Vec::new();
+        let mut watch = |name: &'static str, body: Box<dyn FnOnce() + Send>| {
+            watching_threads.push((name, named(name, body)?));
+            Ok::<(), StartError>(())
         };
+        if let Some(pool) = host.machines.pool() {
+            let events = pool.hypervisor().events();
+            let (host, stop) = (Arc::clone(&host), watching.clone());
+            watch("agent-events", Box::new(move || observer::follow_events(&host, &events, &stop)))?;
+        }
+        if host.config.scrub.is_on() {
+            let (host, stop, runtime) = (Arc::clone(&host), watching.clone(), Handle::current());
+            watch("agent-scrub", Box::new(move || scrub::run(&host, &runtime, &stop)))?;
+        }
         let telemetry_thread = {
             let stop = telling.clone();
             named("agent-telemetry", move || sampler.run(&wake, &stop))?
@@ -335,7 +347,7 @@ impl Agent {
             stopping,
             doors: (doors, open_doors),
             driver: (driving, driver),
-            watchers: (watching, watchers, events_thread),
+            watchers: (watching, watchers, watching_threads),
             telemetry: (telling, telemetry_thread, beat),
             voice: voice_thread,
             exports,
@@ -423,8 +435,8 @@ impl Agent {
         for task in self.watchers.1 {
             joined("watcher", task).await;
         }
-        if let Some(thread) = self.watchers.2 {
-            join_thread("agent-events", thread).await;
+        for (name, thread) in self.watchers.2 {
+            join_thread(name, thread).await;
         }
         // 4
         if orderly {
