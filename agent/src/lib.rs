@@ -41,6 +41,7 @@ mod boot;
 mod chunks;
 pub mod config;
 pub mod control;
+mod disk_metrics;
 pub mod dispatcher;
 mod driver;
 mod executor;
