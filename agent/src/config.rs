@@ -56,6 +56,8 @@ pub struct Config {
     #[serde(default)]
     pub export: ExportSection,
     #[serde(default)]
+    pub nbd: NbdSection,
+    #[serde(default)]
     pub hypervisor: HypervisorSection,
     #[serde(default)]
     pub stream: StreamSection,
@@ -114,6 +116,19 @@ pub struct ExportSection {
     pub iops: u64,
     /// Bytes a second of one disk; 0: as many as it can.
     pub bandwidth: ByteLen,
+}
+
+/// Disks for clients on other machines, always with TLS. Off unless it says where to listen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NbdSection {
+    pub listen: Option<SocketAddr>,
+    /// PEM files: the server's certificate and key, and the authorities of clients.
+    pub certificate: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    pub authority: Option<PathBuf>,
+    /// Certificates' names that may open every disk.
+    pub everything: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -269,6 +284,10 @@ pub enum CheckError {
     NoParallel,
     #[error("use export.queues = {queues}: 0 to {most} are possible", most = muster_virt::DiskTransport::MAX_QUEUES)]
     Queues { queues: u16 },
+    #[error(
+        "use nbd.listen: disks are served over TCP only with TLS; set nbd.certificate, nbd.key and nbd.authority (PEM files)"
+    )]
+    NbdWithoutTls,
     #[error("use host name {name:?}: 1 to 64 letters, digits, dots and hyphens")]
     Name { name: String },
 }
@@ -299,6 +318,7 @@ impl Config {
             store: StoreSection { budget, pages: PageChoice::Auto, survive: false },
             scrub: ScrubSection::default(),
             export: ExportSection::default(),
+            nbd: NbdSection::default(),
             hypervisor: HypervisorSection { uri: "none".into(), ..HypervisorSection::default() },
             stream: StreamSection { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None },
             backup: BackupSection::default(),
@@ -326,6 +346,10 @@ impl Config {
         }
         if self.export.queues > muster_virt::DiskTransport::MAX_QUEUES {
             return Err(CheckError::Queues { queues: self.export.queues });
+        }
+        let files = [&self.nbd.certificate, &self.nbd.key, &self.nbd.authority];
+        if self.nbd.listen.is_some() && files.iter().any(|file| file.is_none()) {
+            return Err(CheckError::NbdWithoutTls);
         }
         if let Some(name) = &self.name {
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
@@ -399,6 +423,7 @@ mod tests {
         }
         let mut names =
             vec!["advertise".to_string(), "directory".into(), "interface".into(), "name".into(), "rate".into()];
+        names.extend(["certificate", "key", "authority"].map(String::from));
         keys(&effective, &mut names);
         for name in names {
             assert!(text.contains(&format!("{name} = ")), "examples/config/agent.toml does not explain {name}");
@@ -433,6 +458,14 @@ mod tests {
             Config { parallel_commands: 0, ..good.clone() },
             Config { export: ExportSection { queues: 65, ..good.export }, ..good.clone() },
             Config { name: Some("a b".into()), ..good.clone() },
+            Config {
+                nbd: NbdSection {
+                    listen: Some(([127, 0, 0, 1], 0).into()),
+                    key: Some("/k".into()),
+                    ..NbdSection::default()
+                },
+                ..good.clone()
+            },
         ];
         for config in bad {
             assert!(config.check().is_err(), "{config:?}");

@@ -62,6 +62,7 @@ mod scrub;
 pub mod stop;
 mod stream;
 pub mod supervise;
+mod tcp;
 mod telemetry;
 mod voice;
 mod volumes;

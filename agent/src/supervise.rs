@@ -55,6 +55,7 @@ use crate::{
     scrub,
     stop::{Stop, StopRefused, prepare_stop},
     stream,
+    tcp::{self, TcpError},
     telemetry::{self, Telemetry},
     voice::{About, Voice},
     volumes::Volumes,
@@ -105,6 +106,8 @@ pub enum StartError {
     Export(#[from] ServerError),
     #[error("serve disks")]
     Sockets(#[from] VhostError),
+    #[error(transparent)]
+    Tcp(#[from] TcpError),
     #[error("listen for streams on {address}: is another agent or service there? Set stream.listen")]
     Listen {
         address: SocketAddr,
@@ -132,14 +135,19 @@ impl StartError {
             Self::Http(e) => e.code(),
             Self::Export(ServerError::InUse(_)) => ErrorCode::AddressInUse,
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => ErrorCode::AddressInUse,
-            Self::Directory { .. } | Self::Export(_) | Self::Sockets(_) | Self::Listen { .. } | Self::Thread { .. } => {
-                ErrorCode::Io
-            }
+            Self::Tcp(TcpError::Read { .. } | TcpError::Tls(_)) => ErrorCode::InvalidArgument,
+            Self::Directory { .. }
+            | Self::Tcp(_)
+            | Self::Export(_)
+            | Self::Sockets(_)
+            | Self::Listen { .. }
+            | Self::Thread { .. } => ErrorCode::Io,
             Self::Bus(e) => e.code(),
         }
     }
 }
 
+type Served = (Volumes, (NbdServer, Option<NbdServer>));
 /// A thread of ours.
 type Named = (&'static str, JoinHandle<()>);
 
@@ -153,7 +161,8 @@ pub struct Agent {
     watchers: (CancellationToken, Vec<Task<()>>, Vec<Named>),
     telemetry: (CancellationToken, JoinHandle<()>, Task<()>),
     voice: JoinHandle<()>,
-    exports: NbdServer,
+    /// On the unix socket, and on TCP when that is configured.
+    exports: (NbdServer, Option<NbdServer>),
     stream_address: SocketAddr,
     _identity: Identity,
 }
@@ -378,6 +387,11 @@ impl Agent {
         self.host.config.export_socket()
     }
 
+    /// Where disks are served over TCP.
+    pub fn nbd_address(&self) -> Option<SocketAddr> {
+        self.exports.1.as_ref().and_then(|server| server.addresses().first().copied())
+    }
+
     /// Names of the disks that are offered, however they are served.
     pub fn exports(&self) -> Vec<String> {
         self.host.volumes.exports.exports().iter().map(|export| export.name().to_string()).collect()
@@ -463,7 +477,8 @@ impl Agent {
         let (exports, volumes) = (self.exports, host.volumes.clone());
         blocking(move || {
             volumes.close_sockets();
-            exports.stop();
+            exports.0.stop();
+            drop(exports.1);
         })
         .await;
         // 8
@@ -491,7 +506,7 @@ enum Ending {
 }
 
 /// Offers what is there of the disks of known VMs, then opens the doors: a QEMU that comes at once finds its disk.
-fn serve_disks(config: &Config, store: Store, known: &[VmRecord]) -> Result<(Volumes, NbdServer), StartError> {
+fn serve_disks(config: &Config, store: Store, known: &[VmRecord]) -> Result<Served, StartError> {
     let began = Instant::now();
     let registry = Arc::new(Registry::new());
     let catalog: Arc<dyn ExportCatalog> = registry.clone();
@@ -507,11 +522,12 @@ fn serve_disks(config: &Config, store: Store, known: &[VmRecord]) -> Result<(Vol
             Err(e) => tracing::error!(vm = %record.vm, err = %Chain(&e), "disks of a VM are not offered again"),
         }
     }
-    let nbd = NbdServer::start(NbdConfig::unix(config.export_socket()), catalog)?;
+    let nbd = NbdServer::start(NbdConfig::unix(config.export_socket()), Arc::clone(&catalog))?;
+    let tcp = tcp::serve(&config.nbd, catalog)?;
     if offered > 0 {
         tracing::info!(vms = offered, took_us = began.elapsed().as_micros() as u64, "their disks are offered again");
     }
-    Ok((volumes, nbd))
+    Ok((volumes, (nbd, tcp)))
 }
 
 /// Blocking work of start and stop, whose panic is ours.
