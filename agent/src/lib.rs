@@ -53,6 +53,7 @@ pub mod ledger;
 mod machines;
 mod memory;
 mod mend;
+mod numa;
 mod observer;
 pub mod presence;
 pub mod records;

@@ -49,7 +49,7 @@ use crate::{
     ledger::{Ledger, LedgerError},
     machines::Machines,
     memory::{self, Fate, Memory},
-    mend, observer,
+    mend, numa, observer,
     presence::Presence,
     records::{RecordError, Records, VmRecord},
     scrub,
@@ -349,7 +349,7 @@ impl Agent {
         tracing::info!(
             host = %host.id, name = host.name, incarnation = %host.incarnation, cell = host.config.cell,
             stream = *host.stream_endpoint.lock(), hypervisor = host.config.hypervisor_uri().unwrap_or_else(|| "none".into()),
-            accelerator = host.machines.accelerator(), "agent started in lab mode: no authentication"
+            accelerator = host.machines.accelerator(), numa = ?numa::sizes(), "agent started in lab mode: no authentication"
         );
         Ok(Self {
             host,

@@ -122,6 +122,10 @@ async fn a_flipped_bit_of_an_image_is_repaired_from_the_image_repository() {
     let status = w.status().await;
     assert_eq!((&status["scrub"]["damaged"], &status["scrub"]["repaired"]), (&1.into(), &1.into()), "{status:#}");
     assert_eq!(status["damaged_blocks"], 0);
+    // and where all that lies
+    let nodes = status["numa_nodes"].as_array().unwrap();
+    let bytes = |what: &str| nodes.iter().filter_map(|node| node[what].as_u64()).sum::<u64>();
+    assert!(bytes("store_bytes") >= MIB && bytes("memory_bytes") > bytes("store_bytes"), "{status:#}");
 
     // after a restart the agent has no manifests; and nobody to ask until the controller's stream endpoint is there
     let depot = std::mem::replace(&mut w.controller.depot, "http://127.0.0.1:1".into());
