@@ -56,7 +56,11 @@ pub struct Config {
     pub parallel_commands: usize,
     pub store: StoreSection,
     #[serde(default)]
+    pub scrub: ScrubSection,
+    #[serde(default)]
     pub export: ExportSection,
+    #[serde(default)]
+    pub nbd: NbdSection,
     #[serde(default)]
     pub hypervisor: HypervisorSection,
     #[serde(default)]
@@ -104,6 +108,20 @@ pub enum PageChoice {
     Hugetlb,
 }
 
+/// Looking for damage in the store's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ScrubSection {
+    /// Bytes a second; 0: never. Absent: so that all of it is looked at once a day.
+    pub rate: Option<ByteLen>,
+}
+
+impl ScrubSection {
+    pub fn is_on(&self) -> bool {
+        self.rate != Some(ByteLen::ZERO)
+    }
+}
+
 /// How the disks of VMs are served, from each VM's next cold start on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -115,6 +133,19 @@ pub struct ExportSection {
     pub iops: u64,
     /// Bytes a second of one disk; 0: as many as it can.
     pub bandwidth: ByteLen,
+}
+
+/// Disks for clients on other machines, always with TLS. Off unless it says where to listen.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NbdSection {
+    pub listen: Option<SocketAddr>,
+    /// PEM files: the server's certificate and key, and the authorities of clients.
+    pub certificate: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    pub authority: Option<PathBuf>,
+    /// Certificates' names that may open every disk.
+    pub everything: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -274,6 +305,10 @@ pub enum CheckError {
     SpillSize { size: ByteLen },
     #[error("use store.spill.directory {path}: an absolute path is needed", path = path.display())]
     SpillDirectory { path: PathBuf },
+    #[error(
+        "use nbd.listen: disks are served over TCP only with TLS; set nbd.certificate, nbd.key and nbd.authority (PEM files)"
+    )]
+    NbdWithoutTls,
     #[error("use host name {name:?}: 1 to 64 letters, digits, dots and hyphens")]
     Name { name: String },
 }
@@ -302,7 +337,9 @@ impl Config {
             force_stop: false,
             parallel_commands: default_parallel(),
             store: StoreSection { budget, pages: PageChoice::Auto, survive: false, spill: None },
+            scrub: ScrubSection::default(),
             export: ExportSection::default(),
+            nbd: NbdSection::default(),
             hypervisor: HypervisorSection { uri: "none".into(), ..HypervisorSection::default() },
             stream: StreamSection { listen: SocketAddr::from(([127, 0, 0, 1], 0)), advertise: None },
             backup: BackupSection::default(),
@@ -337,6 +374,10 @@ impl Config {
                 return Err(CheckError::SpillDirectory { path: path.clone() });
             }
             _ => {}
+        }
+        let files = [&self.nbd.certificate, &self.nbd.key, &self.nbd.authority];
+        if self.nbd.listen.is_some() && files.iter().any(|file| file.is_none()) {
+            return Err(CheckError::NbdWithoutTls);
         }
         if let Some(name) = &self.name {
             let plain = |c: char| c.is_ascii_alphanumeric() || c == '.' || c == '-' || c == '_';
@@ -415,7 +456,9 @@ mod tests {
                 }
             }
         }
-        let mut names = vec!["advertise".to_string(), "directory".into(), "interface".into(), "name".into()];
+        let mut names =
+            vec!["advertise".to_string(), "directory".into(), "interface".into(), "name".into(), "rate".into()];
+        names.extend(["certificate", "key", "authority"].map(String::from));
         keys(&effective, &mut names);
         for name in names {
             assert!(text.contains(&format!("{name} = ")), "examples/config/agent.toml does not explain {name}");
@@ -460,6 +503,14 @@ mod tests {
             Config { name: Some("a b".into()), ..good.clone() },
             spilling(ByteLen::kib(4), None),
             spilling(ByteLen::gib(1), Some("relative")),
+            Config {
+                nbd: NbdSection {
+                    listen: Some(([127, 0, 0, 1], 0).into()),
+                    key: Some("/k".into()),
+                    ..NbdSection::default()
+                },
+                ..good.clone()
+            },
         ];
         for config in bad {
             assert!(config.check().is_err(), "{config:?}");

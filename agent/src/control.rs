@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     accounting,
     host::Host,
+    numa,
     stop::{Stop, prepare_stop},
 };
 
@@ -95,7 +96,9 @@ async fn answer(host: &Arc<Host>, stream: UnixStream, stopping: &watch::Sender<O
     let mut granted = None;
     let reply = match serde_json::from_str::<Request>(&line) {
         Err(e) => refusal(ErrorCode::InvalidArgument, format!("not a request: {e}")),
-        Ok(Request::Status {}) => Reply { ok: true, code: None, message: String::new(), status: Some(status(host)) },
+        Ok(Request::Status {}) => {
+            Reply { ok: true, code: None, message: String::new(), status: Some(status(host).await) }
+        }
         // takes as long as pausing the VMs does: one left off half-way would leave them paused and the agent running
         Ok(Request::Stop { force, keep }) => {
             let how = match (force, keep) {
@@ -132,7 +135,10 @@ fn refusal(code: ErrorCode, message: String) -> Reply {
     Reply { ok: false, code: Some(code.as_str().into()), message, status: None }
 }
 
-fn status(host: &Host) -> serde_json::Value {
+async fn status(host: &Host) -> serde_json::Value {
+    let directory = host.config.store_directory();
+    // an empty list: it panicked, which is in the log
+    let nodes = tokio::task::spawn_blocking(move || numa::nodes_of(&directory)).await.unwrap_or_default();
     let entries = host.inventory.all();
     serde_json::json!({
         "host": host.id,
@@ -149,6 +155,9 @@ fn status(host: &Host) -> serde_json::Value {
             "vm": e.record.vm, "name": e.record.name, "state": e.shown_state().as_str(), "guest_up": e.guest_up,
         })).collect::<Vec<_>>(),
         "controllers": host.presence.lock().controllers().values().map(|c| c.name.clone()).collect::<Vec<_>>(),
+        "scrub": host.scrub.counts(),
+        "damaged_blocks": host.volumes.store.stats().damaged_blocks,
+        "numa_nodes": nodes,
         "evidence": accounting::evidence(host),
     })
 }

@@ -3,6 +3,8 @@
 //! A chunk that stands in another resident image is copied from memory; so are repeated ones. What is in the store is
 //! known by the manifests kept here, one a resident image (32 bytes a chunk: 0.05 % of the data).
 //!
+//! A block of a resident image that was damaged is fetched the same way, alone (see `scrub`).
+//!
 //! A pull that fails leaves nothing behind: the builder gives its memory back. Two pulls of one image become one.
 
 use std::{
@@ -142,11 +144,7 @@ impl Images {
         name: &str,
         progress: OnProgress,
     ) -> Result<(Arc<Image>, Pulled), PullError> {
-        let url = format!("{source}/bulk/v1/manifests/{digest}");
-        let bytes = self.get(&url, MANIFEST_LIMIT).await?;
-        let manifest =
-            Manifest::parse_named(&bytes, &digest).map_err(|source| PullError::Manifest { digest, source })?;
-        let manifest = Arc::new(manifest);
+        let manifest = Arc::new(self.manifest(source, digest).await?);
         let before = self.store.stats().resident_bytes.bytes();
 
         // where each distinct chunk goes, and which are in memory already
@@ -278,6 +276,45 @@ impl Images {
         read_body(response, limit, &attempted).await
     }
 
+    /// The block of `len` bytes at `offset` of an image as it is in the repository, verified all the way; `None` when the image
+    /// has only zeroes there. It may not cross a multiple of [`muster_repository::CHUNK_SIZE`].
+    pub async fn block(
+        &self,
+        source: Option<String>,
+        digest: Digest,
+        offset: u64,
+        len: usize,
+    ) -> Result<Option<Vec<u8>>, PullError> {
+        let source = source.ok_or(PullError::NoSource)?;
+        let known = self.manifests.lock().get(&digest).cloned();
+        let manifest = match known {
+            Some(manifest) => manifest,
+            None => self.keep_manifest(&source, digest).await?,
+        };
+        let Some(chunk) = manifest.chunk_at(offset) else { return Ok(None) };
+        let answer = self.fetch(&source, &[chunk.digest]).await?;
+        let (bytes, rest) = next_chunk(&answer, &chunk.digest)?;
+        let at = (offset - chunk.offset) as usize;
+        match bytes.get(at..bytes.len().min(at + len)) {
+            Some(block) if rest.is_empty() && bytes.len() == chunk.len => Ok(Some(block.to_vec())),
+            _ => Err(wrong_answer("a chunk has another length than the manifest says")),
+        }
+    }
+
+    /// Of an image that an earlier run pulled; kept while the image is resident.
+    async fn keep_manifest(&self, source: &str, digest: Digest) -> Result<Arc<Manifest>, PullError> {
+        let manifest = Arc::new(self.manifest(source, digest).await?);
+        if self.store.image(&digest).is_some() {
+            self.manifests.lock().insert(digest, Arc::clone(&manifest));
+        }
+        Ok(manifest)
+    }
+
+    async fn manifest(&self, source: &str, digest: Digest) -> Result<Manifest, PullError> {
+        let bytes = self.get(&format!("{source}/bulk/v1/manifests/{digest}"), MANIFEST_LIMIT).await?;
+        Manifest::parse_named(&bytes, &digest).map_err(|source| PullError::Manifest { digest, source })
+    }
+
     /// A small file by its digest.
     pub async fn blob(&self, source: Option<String>, digest: Digest) -> Result<Bytes, PullError> {
         let url = format!("{}/bulk/v1/blobs/{digest}", source.ok_or(PullError::NoSource)?);
@@ -313,8 +350,22 @@ async fn read_body(response: reqwest::Response, limit: usize, attempted: &str) -
     Ok(body.into())
 }
 
-/// Parses an answer (for each chunk in order: u32 little-endian length, bytes), verifies and stores it. Returns the bytes
-/// done so far.
+fn wrong_answer(reason: &str) -> PullError {
+    PullError::Answer { attempted: "read fetched chunks".into(), reason: reason.into() }
+}
+
+/// Takes the next chunk (u32 little-endian length, bytes) off an answer, verified; and what is left.
+fn next_chunk<'a>(answer: &'a [u8], digest: &Digest) -> Result<(&'a [u8], &'a [u8]), PullError> {
+    let (head, tail) = answer.split_first_chunk::<4>().ok_or_else(|| wrong_answer("cut short"))?;
+    let len = u32::from_le_bytes(*head) as usize;
+    let (bytes, rest) = tail.split_at_checked(len).ok_or_else(|| wrong_answer("cut short"))?;
+    if digest_of(bytes) != *digest {
+        return Err(wrong_answer("a chunk is not the one asked for"));
+    }
+    Ok((bytes, rest))
+}
+
+/// Parses an answer (each chunk in order), verifies and stores it. Returns the bytes done so far.
 fn store_batch(
     builder: &ImageBuilder,
     places: &HashMap<Digest, Vec<ChunkRef>>,
@@ -322,26 +373,20 @@ fn store_batch(
     answer: &[u8],
     done: &AtomicU64,
 ) -> Result<u64, PullError> {
-    let wrong = |reason: &str| PullError::Answer { attempted: "read fetched chunks".into(), reason: reason.into() };
     let mut rest = answer;
     for digest in batch {
-        let (head, tail) = rest.split_first_chunk::<4>().ok_or_else(|| wrong("cut short"))?;
-        let len = u32::from_le_bytes(*head) as usize;
-        let (bytes, tail) = tail.split_at_checked(len).ok_or_else(|| wrong("cut short"))?;
+        let (bytes, tail) = next_chunk(rest, digest)?;
         rest = tail;
-        if digest_of(bytes) != *digest {
-            return Err(wrong("a chunk is not the one asked for"));
-        }
         for place in places.get(digest).map(Vec::as_slice).unwrap_or_default() {
-            if place.len != len {
-                return Err(wrong("a chunk has another length than the manifest says"));
+            if place.len != bytes.len() {
+                return Err(wrong_answer("a chunk has another length than the manifest says"));
             }
             builder.write_chunk(place.offset, bytes)?;
             done.fetch_add(place.len as u64, Ordering::Relaxed);
         }
     }
     if !rest.is_empty() {
-        return Err(wrong("longer than asked for"));
+        return Err(wrong_answer("longer than asked for"));
     }
     Ok(done.load(Ordering::Relaxed))
 }

@@ -27,7 +27,7 @@
 //! 6. A panic in an order is a verdict; a panic in an export session fences that export. Neither ends the agent.
 //! 7. It does not start unless `lab = true`: there is no authentication yet.
 //!
-//! Threads: tokio's for control; `agent-voice`, `agent-telemetry`, `agent-events`; those of bus, pool and exports. All are
+//! Threads: tokio's for control; `agent-voice`, `agent-telemetry`, `agent-events`, `agent-scrub`; those of bus, pool and exports. All are
 //! joined in the order written in [`supervise`]. Locks: inventory, presence, manifests: each a leaf, none held while
 //! anything is called or awaited.
 //!
@@ -41,6 +41,7 @@ mod boot;
 mod chunks;
 pub mod config;
 pub mod control;
+mod disk_metrics;
 pub mod dispatcher;
 mod driver;
 mod executor;
@@ -52,13 +53,17 @@ pub mod ledger;
 mod machines;
 mod memory;
 mod mend;
+mod numa;
 mod observer;
 pub mod presence;
 pub mod records;
+mod repair;
 mod sampling;
+mod scrub;
 pub mod stop;
 mod stream;
 pub mod supervise;
+mod tcp;
 mod telemetry;
 mod voice;
 mod volumes;

@@ -8,7 +8,7 @@
 //! 1. `control`, `stream`: nobody new comes in; open streams end.
 //! 2. `driver`: no new command is begun; what runs gets `stop_ms`, the rest is read back by the next run. Then what
 //!    outlives its order (`aftercare`) gets as long again.
-//! 3. `listen`, `watch_states`, `watch_guests`, `mend`, `nudge`, thread `agent-events`.
+//! 3. `listen`, `watch_states`, `watch_guests`, `mend`, `nudge`, threads `agent-events`, `agent-scrub`.
 //! 4. thread `agent-telemetry` (its last word: shutting down), then `beat`.
 //! 5. thread `agent-voice`: says what is queued.
 //! 6. `libvirt-*` threads: what waits is given up, what runs gets `stop_ms`.
@@ -30,6 +30,7 @@ use muster_store::{Attached, Store, StoreError};
 use muster_virt::{DomainState, Hypervisor, Lane};
 use parking_lot::Mutex;
 use tokio::{
+    runtime::Handle,
     sync::{mpsc, watch},
     task::JoinHandle as Task,
 };
@@ -48,11 +49,13 @@ use crate::{
     ledger::{Ledger, LedgerError},
     machines::Machines,
     memory::{self, Fate, Memory},
-    mend, observer,
+    mend, numa, observer,
     presence::Presence,
     records::{RecordError, Records, VmRecord},
+    scrub,
     stop::{Stop, StopRefused, prepare_stop},
     stream,
+    tcp::{self, TcpError},
     telemetry::{self, Telemetry},
     voice::{About, Voice},
     volumes::Volumes,
@@ -103,6 +106,8 @@ pub enum StartError {
     Export(#[from] ServerError),
     #[error("serve disks")]
     Sockets(#[from] VhostError),
+    #[error(transparent)]
+    Tcp(#[from] TcpError),
     #[error("listen for streams on {address}: is another agent or service there? Set stream.listen")]
     Listen {
         address: SocketAddr,
@@ -130,13 +135,21 @@ impl StartError {
             Self::Http(e) => e.code(),
             Self::Export(ServerError::InUse(_)) => ErrorCode::AddressInUse,
             Self::Listen { source, .. } if source.kind() == io::ErrorKind::AddrInUse => ErrorCode::AddressInUse,
-            Self::Directory { .. } | Self::Export(_) | Self::Sockets(_) | Self::Listen { .. } | Self::Thread { .. } => {
-                ErrorCode::Io
-            }
+            Self::Tcp(TcpError::Read { .. } | TcpError::Tls(_)) => ErrorCode::InvalidArgument,
+            Self::Directory { .. }
+            | Self::Tcp(_)
+            | Self::Export(_)
+            | Self::Sockets(_)
+            | Self::Listen { .. }
+            | Self::Thread { .. } => ErrorCode::Io,
             Self::Bus(e) => e.code(),
         }
     }
 }
+
+type Served = (Volumes, (NbdServer, Option<NbdServer>));
+/// A thread of ours.
+type Named = (&'static str, JoinHandle<()>);
 
 /// A running agent. Ends in [`Agent::stop`]; dropped without it, it is as if it had been killed, but for its threads.
 pub struct Agent {
@@ -145,10 +158,11 @@ pub struct Agent {
     /// In the order of the module's list.
     doors: (CancellationToken, Vec<Task<()>>),
     driver: (CancellationToken, Task<()>),
-    watchers: (CancellationToken, Vec<Task<()>>, Option<JoinHandle<()>>),
+    watchers: (CancellationToken, Vec<Task<()>>, Vec<Named>),
     telemetry: (CancellationToken, JoinHandle<()>, Task<()>),
     voice: JoinHandle<()>,
-    exports: NbdServer,
+    /// On the unix socket, and on TCP when that is configured.
+    exports: (NbdServer, Option<NbdServer>),
     stream_address: SocketAddr,
     _identity: Identity,
 }
@@ -246,6 +260,7 @@ impl Agent {
             record_changes: Mutex::default(),
             draining: DrainMark::new(&config.state_dir),
             boot_files,
+            scrub: Default::default(),
             presence: Mutex::new(Presence::new(identity.host, identity.incarnation, silence, clock.now_us())),
             voice: voice.clone(),
             beats,
@@ -291,14 +306,20 @@ impl Agent {
         let (wake_in, wake) = crossbeam_channel::bounded(1);
         let sampler = Telemetry::new(Arc::clone(&host), &bus)?;
         let heartbeat = bus.publisher()?;
-        let events_thread = match host.machines.pool() {
-            None => None,
-            Some(pool) => {
-                let events = pool.hypervisor().events();
-                let (host, stop) = (Arc::clone(&host), watching.clone());
-                Some(named("agent-events", move || observer::follow_events(&host, &events, &stop))?)
-            }
+        let mut watching_threads = Vec::new();
+        let mut watch = |name: &'static str, body: Box<dyn FnOnce() + Send>| {
+            watching_threads.push((name, named(name, body)?));
+            Ok::<(), StartError>(())
         };
+        if let Some(pool) = host.machines.pool() {
+            let events = pool.hypervisor().events();
+            let (host, stop) = (Arc::clone(&host), watching.clone());
+            watch("agent-events", Box::new(move || observer::follow_events(&host, &events, &stop)))?;
+        }
+        if host.config.scrub.is_on() {
+            let (host, stop, runtime) = (Arc::clone(&host), watching.clone(), Handle::current());
+            watch("agent-scrub", Box::new(move || scrub::run(&host, &runtime, &stop)))?;
+        }
         let telemetry_thread = {
             let stop = telling.clone();
             named("agent-telemetry", move || sampler.run(&wake, &stop))?
@@ -328,14 +349,14 @@ impl Agent {
         tracing::info!(
             host = %host.id, name = host.name, incarnation = %host.incarnation, cell = host.config.cell,
             stream = *host.stream_endpoint.lock(), hypervisor = host.config.hypervisor_uri().unwrap_or_else(|| "none".into()),
-            accelerator = host.machines.accelerator(), "agent started in lab mode: no authentication"
+            accelerator = host.machines.accelerator(), numa = ?numa::sizes(), "agent started in lab mode: no authentication"
         );
         Ok(Self {
             host,
             stopping,
             doors: (doors, open_doors),
             driver: (driving, driver),
-            watchers: (watching, watchers, events_thread),
+            watchers: (watching, watchers, watching_threads),
             telemetry: (telling, telemetry_thread, beat),
             voice: voice_thread,
             exports,
@@ -364,6 +385,11 @@ impl Agent {
     /// The socket its exports are served on.
     pub fn export_socket(&self) -> PathBuf {
         self.host.config.export_socket()
+    }
+
+    /// Where disks are served over TCP.
+    pub fn nbd_address(&self) -> Option<SocketAddr> {
+        self.exports.1.as_ref().and_then(|server| server.addresses().first().copied())
     }
 
     /// Names of the disks that are offered, however they are served.
@@ -423,8 +449,8 @@ impl Agent {
         for task in self.watchers.1 {
             joined("watcher", task).await;
         }
-        if let Some(thread) = self.watchers.2 {
-            join_thread("agent-events", thread).await;
+        for (name, thread) in self.watchers.2 {
+            join_thread(name, thread).await;
         }
         // 4
         if orderly {
@@ -451,7 +477,8 @@ impl Agent {
         let (exports, volumes) = (self.exports, host.volumes.clone());
         blocking(move || {
             volumes.close_sockets();
-            exports.stop();
+            exports.0.stop();
+            drop(exports.1);
         })
         .await;
         // 8
@@ -479,7 +506,7 @@ enum Ending {
 }
 
 /// Offers what is there of the disks of known VMs, then opens the doors: a QEMU that comes at once finds its disk.
-fn serve_disks(config: &Config, store: Store, known: &[VmRecord]) -> Result<(Volumes, NbdServer), StartError> {
+fn serve_disks(config: &Config, store: Store, known: &[VmRecord]) -> Result<Served, StartError> {
     let began = Instant::now();
     let registry = Arc::new(Registry::new());
     let catalog: Arc<dyn ExportCatalog> = registry.clone();
@@ -495,11 +522,12 @@ fn serve_disks(config: &Config, store: Store, known: &[VmRecord]) -> Result<(Vol
             Err(e) => tracing::error!(vm = %record.vm, err = %Chain(&e), "disks of a VM are not offered again"),
         }
     }
-    let nbd = NbdServer::start(NbdConfig::unix(config.export_socket()), catalog)?;
+    let nbd = NbdServer::start(NbdConfig::unix(config.export_socket()), Arc::clone(&catalog))?;
+    let tcp = tcp::serve(&config.nbd, catalog)?;
     if offered > 0 {
         tracing::info!(vms = offered, took_us = began.elapsed().as_micros() as u64, "their disks are offered again");
     }
-    Ok((volumes, nbd))
+    Ok((volumes, (nbd, tcp)))
 }
 
 /// Blocking work of start and stop, whose panic is ours.

@@ -14,13 +14,16 @@ use muster_common::{ByteLen, Chain, VmId};
 use muster_export::Operation;
 use muster_idl::{
     Topic,
-    v1::{Heartbeat, HostMetrics, PhysicalHost, Severity, StoreImage, StoreState, VirtualSystem, VmMetrics},
+    v1::{
+        Heartbeat, HostMetrics, PhysicalHost, Severity, StoreImage, StoreState, VirtualSystem, VmMetrics, VolumeMetrics,
+    },
 };
 use muster_virt::{DomainStats, HypervisorKind, Lane};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    disk_metrics::DiskMetrics,
     host::Host,
     inventory::{Entry, virtual_system},
     sampling::Sampler,
@@ -97,6 +100,8 @@ pub struct Telemetry {
     store: Publisher<StoreState>,
     systems: Publisher<VirtualSystem>,
     vm_metrics: Publisher<VmMetrics>,
+    volume_metrics: Publisher<VolumeMetrics>,
+    disks: DiskMetrics,
     host_changes: Changes<PhysicalHost>,
     system_changes: Changes<VirtualSystem>,
     /// Processor time and when it was read, for the percentage.
@@ -115,6 +120,8 @@ impl Telemetry {
             store: bus.publisher()?,
             systems: bus.publisher()?,
             vm_metrics: bus.publisher()?,
+            volume_metrics: bus.publisher()?,
+            disks: DiskMetrics::default(),
             host_changes: Changes::new(HOST_REFRESH),
             system_changes: Changes::new(REFRESH),
             previous: BTreeMap::new(),
@@ -154,6 +161,9 @@ impl Telemetry {
         publish(&self.metrics, &metrics);
         publish(&self.store, &store_state(&host, now));
         self.watermark();
+        for sample in self.disks.samples(&host, &host.inventory.all(), now) {
+            publish(&self.volume_metrics, &sample);
+        }
         self.vm_metrics(now);
     }
 

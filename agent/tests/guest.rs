@@ -7,9 +7,14 @@
 
 mod support;
 
+use std::time::Duration;
+
 use muster_agent::{Agent, Deps, Stop};
 use muster_common::ByteLen;
-use muster_idl::{arguments::BackupResult, v1::Verb};
+use muster_idl::{
+    arguments::BackupResult,
+    v1::{Verb, VolumeMetrics},
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -18,7 +23,7 @@ use tokio::{
 use support::{
     Controller, Depot, Place,
     guest::{BOOT, World, desk_template, guest_images},
-    network, vm_on,
+    network, vm_on, wait_for,
 };
 
 /// Asks for a raw stream and takes the answer's head off.
@@ -80,6 +85,14 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     assert_eq!(w.read("/etc/hostname").await.0, 0);
     let (_, name) = w.read("/proc/sys/kernel/hostname").await;
     assert_eq!(name.trim(), "desk-1");
+
+    // what the disks do is said each second
+    let mut disks = w.controller.bus.subscriber::<VolumeMetrics>(256).unwrap();
+    let mut seen = || std::iter::from_fn(|| disks.try_recv()).filter_map(|s| s.value()).find(|m| m.target == "vda");
+    let system = wait_for("figures of the system disk", Duration::from_secs(30), &mut seen).await;
+    assert_eq!((system.vm.as_str(), system.transport.as_str()), (w.vm.vm.as_str(), "vhost-user"));
+    assert!(system.sessions > 0 && system.reads > 0 && system.read_bytes >= 512 * system.reads, "{system:?}");
+    assert_eq!((system.errors, system.waiting_for_space, system.limit_requests), (0, 0, 0));
 
     // an application is a disk of its own, which nobody can write to
     assert_eq!(w.read("/sys/block/vdc/ro").await, (0, "1\n".into()));

@@ -41,6 +41,7 @@ struct Readers {
     store_state: Subscriber<v1::StoreState>,
     virtual_system: Subscriber<v1::VirtualSystem>,
     vm_metrics: Subscriber<v1::VmMetrics>,
+    volume_metrics: Subscriber<v1::VolumeMetrics>,
     verdict: Subscriber<v1::Verdict>,
     progress: Subscriber<v1::Progress>,
     event: Subscriber<v1::Event>,
@@ -65,6 +66,7 @@ pub fn join(bus: Bus) -> Result<Joined, BusError> {
         store_state: bus.subscriber(CAPACITY)?,
         virtual_system: bus.subscriber(CAPACITY)?,
         vm_metrics: bus.subscriber(CAPACITY)?,
+        volume_metrics: bus.subscriber(CAPACITY)?,
         verdict: bus.subscriber(CAPACITY)?,
         progress: bus.subscriber(CAPACITY)?,
         event: bus.subscriber(CAPACITY)?,
@@ -124,6 +126,7 @@ pub fn start(
             Payload::Disposed(key) => Some(Input::VmGone(key)),
         });
         read(tasks, handle, stop, r.vm_metrics, Way::Telemetry, |m| Some(Input::VmMetrics(m.value()?)));
+        read(tasks, handle, stop, r.volume_metrics, Way::Telemetry, |m| Some(Input::VolumeMetrics(m.value()?)));
         read(tasks, handle, stop, r.verdict, Way::Waits, |verdict| Some(Input::Verdict(verdict.value()?)));
         read(tasks, handle, stop, r.progress, Way::Telemetry, |progress| Some(Input::Progress(progress.value()?)));
         read(tasks, handle, stop, r.event, Way::Waits, |event| Some(Input::Event(event.value()?)));

@@ -26,6 +26,7 @@ QOS = {
     muster_v1.StoreState: STATE,
     muster_v1.VirtualSystem: STATE,
     muster_v1.VmMetrics: TELEMETRY,
+    muster_v1.VolumeMetrics: TELEMETRY,
     muster_v1.Verdict: COMMAND,
     muster_v1.Progress: TELEMETRY,
     muster_v1.Event: COMMAND,

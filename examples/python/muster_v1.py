@@ -199,6 +199,41 @@ class VmMetrics(IdlStruct, typename="muster.v1.VmMetrics"):
 
 @dataclass
 @ann.final
+class VolumeMetrics(IdlStruct, typename="muster.v1.VolumeMetrics"):
+    host: str
+    ann.key("host")
+    volume: str
+    ann.key("volume")
+    generation: types.uint64
+    vm: str
+    target: str
+    transport: str
+    sampled_at_us: types.uint64
+    sessions: types.uint32
+    reads: types.uint64
+    writes: types.uint64
+    flushes: types.uint64
+    discards: types.uint64
+    errors: types.uint64
+    read_bytes: types.uint64
+    written_bytes: types.uint64
+    latency_window_us: types.uint64
+    read_p50_us: types.float64
+    read_p99_us: types.float64
+    read_max_us: types.float64
+    write_p50_us: types.float64
+    write_p99_us: types.float64
+    write_max_us: types.float64
+    in_flight: types.uint32
+    waiting_for_space: types.uint32
+    throttled_requests: types.uint64
+    throttled_us: types.uint64
+    limit_requests: types.uint64
+    limit_bytes: types.uint64
+
+
+@dataclass
+@ann.final
 class Argument(IdlStruct, typename="muster.v1.Argument"):
     name: str
     value: str
@@ -331,6 +366,7 @@ TOPICS = {
     "muster_v1_store_state": StoreState,
     "muster_v1_virtual_system": VirtualSystem,
     "muster_v1_vm_metrics": VmMetrics,
+    "muster_v1_volume_metrics": VolumeMetrics,
     "muster_v1_group_command": GroupCommand,
     "muster_v1_verdict": Verdict,
     "muster_v1_progress": Progress,

@@ -41,6 +41,13 @@ def vm_metrics(s):
     return f"vm load  {s.vm} cpu {s.processor_percent:.0f} %, {s.disk_reads} reads, {s.disk_writes} writes"
 
 
+def volume_metrics(s):
+    return (
+        f"disk     {s.vm} {s.target} ({s.transport}) {s.reads} reads, p99 {s.read_p99_us:.0f} us; "
+        f"{s.writes} writes, p99 {s.write_p99_us:.0f} us"
+    )
+
+
 def event(s):
     return f"event    {s.host} {s.kind}: {s.message}"
 
@@ -51,6 +58,7 @@ PRINTERS = {
     m.StoreState: store_state,
     m.VirtualSystem: virtual_system,
     m.VmMetrics: vm_metrics,
+    m.VolumeMetrics: volume_metrics,
     m.Event: event,
 }
 

@@ -135,6 +135,39 @@ pub fn vm_metrics() -> VmMetrics {
     }
 }
 
+pub fn volume_metrics() -> VolumeMetrics {
+    VolumeMetrics {
+        host: text(HOST),
+        volume: text("7a6b5c4d-3e2f-4a1b-8c9d-0e1f2a3b4c07"),
+        generation: 3,
+        vm: text(VM),
+        target: text("vda"),
+        transport: text("vhost-user"),
+        sampled_at_us: 1_732_100_000_000_015,
+        sessions: 1,
+        reads: 1_000_000,
+        writes: 200_000,
+        flushes: 30_000,
+        discards: 4_000,
+        errors: 5,
+        read_bytes: 4_096_000_000,
+        written_bytes: 819_200_000,
+        latency_window_us: 1_000_100,
+        read_p50_us: 16.384,
+        read_p99_us: 131.072,
+        read_max_us: 1048.576,
+        write_p50_us: 32.768,
+        write_p99_us: 262.144,
+        write_max_us: 2097.152,
+        in_flight: 32,
+        waiting_for_space: 2,
+        throttled_requests: 70,
+        throttled_us: 8_000_000,
+        limit_requests: 10_000,
+        limit_bytes: 209_715_200,
+    }
+}
+
 pub fn verdict() -> Verdict {
     Verdict {
         command: text(COMMAND),

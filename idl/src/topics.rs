@@ -119,6 +119,7 @@ topics! {
     StoreState,        "muster_v1_store_state",          SNAPSHOT,  AgentToAll,      HostKey,  |s| HostKey { host: s.host.clone() };
     VirtualSystem,     "muster_v1_virtual_system",       STATE,     AgentToAll,      VmKey,    |s| VmKey { host: s.host.clone(), vm: s.vm.clone() };
     VmMetrics,         "muster_v1_vm_metrics",           TELEMETRY, AgentToAll,      VmKey,    |s| VmKey { host: s.host.clone(), vm: s.vm.clone() };
+    VolumeMetrics,     "muster_v1_volume_metrics",       TELEMETRY, AgentToAll,      v1::VolumeKey, |s| v1::VolumeKey { host: s.host.clone(), volume: s.volume.clone() };
     Verdict,           "muster_v1_verdict",              COMMAND,   AgentToAll,      ReplyKey, |s| ReplyKey { command: s.command.clone(), host: s.host.clone(), vm: s.vm.clone() };
     Progress,          "muster_v1_progress",             TELEMETRY, AgentToAll,      ReplyKey, |s| ReplyKey { command: s.command.clone(), host: s.host.clone(), vm: s.vm.clone() };
     Event,             "muster_v1_event",                COMMAND,   AgentToAll,      HostKey,  |s| HostKey { host: s.host.clone() };

@@ -23,6 +23,8 @@ keys! {
     HostKey { host: String, }
     /// Key of a virtual system on a host.
     VmKey { host: String, vm: String, }
+    /// Key of a volume on a host.
+    VolumeKey { host: String, volume: String, }
     /// Key of an answer: one a member of a command.
     ReplyKey { command: String, host: String, vm: String, }
     /// Key of a controller's own topics.
@@ -200,6 +202,53 @@ types! {
         disk_written_bytes: u64,
         network_received_bytes: u64,
         network_sent_bytes: u64,
+    }
+
+    /// One disk of a VM as its export counts it, each second while its VM runs or somebody is connected.
+    VolumeMetrics {
+        host: String,
+        /// VolumeId (UUID).
+        volume: String,
+        /// Names the export together with the volume; counters begin anew with it, and with the agent's start.
+        generation: u64,
+        /// VmId of the VM it is a disk of.
+        vm: String,
+        /// Its name in the VM, e.g. "vda".
+        target: String,
+        /// "vhost-user" or "nbd".
+        transport: String,
+        sampled_at_us: u64,
+        /// Connections: queues' owners over vhost-user, clients over NBD.
+        sessions: u32,
+        /// Requests answered since it is offered, failed ones included.
+        reads: u64,
+        writes: u64,
+        flushes: u64,
+        /// Trims and zeroings.
+        discards: u64,
+        /// Requests of any kind that failed.
+        errors: u64,
+        read_bytes: u64,
+        written_bytes: u64,
+        /// The latencies below are of requests answered in so long a time before the sample. They include waiting behind
+        /// others, for a limit and for space, and are rounded up to a power of two nanoseconds; 0 when there were no requests.
+        latency_window_us: u64,
+        read_p50_us: f64,
+        read_p99_us: f64,
+        read_max_us: f64,
+        write_p50_us: f64,
+        write_p99_us: f64,
+        write_max_us: f64,
+        /// Requests taken and not yet answered; 0 over NBD, where they wait in the socket.
+        in_flight: u32,
+        /// Queues whose first write waits because the store is full (over NBD such a write fails instead).
+        waiting_for_space: u32,
+        /// Requests that had to wait for the limits, and how long, all of them together.
+        throttled_requests: u64,
+        throttled_us: u64,
+        /// Limits: requests and bytes a second; 0: none.
+        limit_requests: u64,
+        limit_bytes: u64,
     }
 
     /// A name and a value. Structured values are JSON.

@@ -97,6 +97,7 @@ macro_rules! each_topic {
         $check(&samples::store_state());
         $check(&samples::virtual_system());
         $check(&samples::vm_metrics());
+        $check(&samples::volume_metrics());
         $check(&samples::verdict());
         $check(&samples::progress());
         $check(&samples::event());

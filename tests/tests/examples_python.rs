@@ -14,7 +14,7 @@ use muster_idl::{
     samples,
     v1::{
         Event, GroupCommand, Heartbeat, HostMetrics, Outcome, PhysicalHost, StoreState, Verdict, VirtualSystem,
-        VmMetrics,
+        VmMetrics, VolumeMetrics,
     },
 };
 
@@ -93,6 +93,7 @@ fn another_vendors_subscriber_prints_hosts_and_vms() {
     let stores = bus.publisher::<StoreState>().unwrap();
     let systems = bus.publisher::<VirtualSystem>().unwrap();
     let vm_loads = bus.publisher::<VmMetrics>().unwrap();
+    let disk_loads = bus.publisher::<VolumeMetrics>().unwrap();
     let events = bus.publisher::<Event>().unwrap();
     // state is there before the subscriber comes
     hosts.publish(&samples::physical_host()).unwrap();
@@ -111,11 +112,13 @@ fn another_vendors_subscriber_prints_hosts_and_vms() {
     let again = || {
         loads.publish(&samples::host_metrics()).unwrap();
         vm_loads.publish(&samples::vm_metrics()).unwrap();
+        disk_loads.publish(&samples::volume_metrics()).unwrap();
         events.publish(&samples::event()).unwrap();
     };
     let line = script.line("load     ", again);
     assert!(line.ends_with("cpu 12 %, memory 32.0 GiB, 6 VMs running"), "{line}");
     script.line("vm load  ", again);
+    script.line("disk     ", again);
     script.line("event    ", again);
     systems.dispose(&muster_idl::Topic::key(&samples::virtual_system())).unwrap();
     script.line("gone     an instance of muster_v1_virtual_system", || {});

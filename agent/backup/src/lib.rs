@@ -30,7 +30,12 @@ mod restore;
 pub mod retention;
 mod source;
 
-use std::{collections::HashMap, ops::ControlFlow, path::Path, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::ControlFlow,
+    path::Path,
+    sync::Arc,
+};
 
 use muster_common::{ByteLen, VmId, VolumeId};
 use muster_repository::{
@@ -125,6 +130,41 @@ impl Backups {
     pub fn latest_of(&self, vm: VmId) -> Result<Option<BackupRecord>, BackupError> {
         let records = self.list()?.records;
         Ok(records.into_iter().rev().find(|r| r.vms.iter().any(|v| v.id == vm)))
+    }
+
+    /// What backups hold of a range of a volume, the newest first, each content once, at most `most` of them. For who looks
+    /// for bytes he can tell by himself; what cannot be read or is only zeroes is left out. The range may not cross a
+    /// multiple of [`muster_repository::CHUNK_SIZE`].
+    pub fn versions_of(
+        &self,
+        volume: VolumeId,
+        offset: u64,
+        len: usize,
+        most: usize,
+    ) -> Result<Vec<Vec<u8>>, BackupError> {
+        let mut chunks = HashSet::new();
+        let mut versions: Vec<Vec<u8>> = Vec::new();
+        for record in self.list()?.records.into_iter().rev() {
+            let _reading = self.reading(record.id);
+            for backed in record.volumes.iter().filter(|backed| backed.id == volume) {
+                let Ok(manifest) = self.repository.manifest(&backed.manifest) else { continue };
+                let Some(chunk) = manifest.chunk_at(offset).filter(|chunk| chunks.insert(chunk.digest)) else {
+                    continue;
+                };
+                let Ok(bytes) = self.repository.read_chunk(&chunk.digest) else { continue };
+                let at = (offset - chunk.offset) as usize;
+                if let Some(version) = bytes.get(at..bytes.len().min(at + len))
+                    && !versions.iter().any(|known| known == version)
+                {
+                    versions.push(version.to_vec());
+                }
+            }
+            if versions.len() >= most {
+                versions.truncate(most);
+                break;
+            }
+        }
+        Ok(versions)
     }
 
     fn read_record(&self, name: &str) -> Result<BackupRecord, BackupError> {

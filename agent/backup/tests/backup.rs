@@ -75,6 +75,23 @@ fn restored(backups: &Backups, id: BackupId, volume: VolumeId, size: usize) -> R
 }
 
 #[test]
+fn a_range_is_found_in_every_backup_that_has_it_the_newest_first() {
+    let (_, backups) = memory();
+    let desktop = Desktop::new();
+    for (at, system) in (1..).zip([[1, 2, 0], [1, 3, 0], [1, 3, 9], [1, 0, 9]]) {
+        backups.capture(&desktop.plan(&disk(&system), &disk(&[4])), at, &mut go).unwrap();
+    }
+    let at = |n: u64| n * CHUNK_SIZE as u64 + 4096;
+    let versions = |offset, most| backups.versions_of(desktop.system, offset, 4096, most).unwrap();
+    let part = |n: u8| disk(&[n])[4096..8192].to_vec();
+    assert_eq!(versions(at(1), 9), [part(3), part(2)]);
+    assert_eq!(versions(at(1), 1), [part(3)]);
+    assert_eq!(versions(at(0), 9), [part(1)]);
+    assert!(versions(at(7), 9).is_empty());
+    assert!(backups.versions_of(VolumeId::random(), 0, 4096, 9).unwrap().is_empty());
+}
+
+#[test]
 fn a_destroyed_desktop_comes_back_as_it_was_from_a_directory_opened_again() {
     let dir = TempDir::new().unwrap();
     let desktop = Desktop::new();

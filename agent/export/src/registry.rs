@@ -202,7 +202,12 @@ impl Export {
     /// A write over vhost-user was refused for want of space and is tried again until there is some. NBD clients are
     /// told instead.
     pub fn waiting_for_space(&self) -> bool {
-        self.waiting.load(Ordering::Acquire) > 0
+        self.queues_waiting_for_space() > 0
+    }
+
+    /// In how many queues such a write waits.
+    pub fn queues_waiting_for_space(&self) -> usize {
+        self.waiting.load(Ordering::Acquire)
     }
 
     /// Admits a request of that many bytes under the limits, or says how long to wait before asking again.
@@ -210,13 +215,19 @@ impl Export {
         self.throttle.admit(now, bytes)
     }
 
-    /// Waits for a request's turn under the limits, or until the export is fenced or going away. For a thread that
-    /// serves one connection and has nothing else to do.
-    #[allow(dead_code, reason = "for the NBD session")]
-    pub(crate) fn wait_turn(&self, bytes: u64) {
-        if self.throttle.wait(bytes, || self.is_fenced() || self.is_closing()) {
-            self.statistics.throttled();
-        }
+    /// The same, when nothing else is to be done meanwhile: true when it was admitted.
+    #[inline]
+    pub(crate) fn admit_now(&self, bytes: u64) -> bool {
+        self.throttle.admit_now(bytes)
+    }
+
+    /// Waits for the turn of a request that was not admitted, or until the export is fenced or going away, or `give_up`. For
+    /// a thread that serves one connection and has nothing else to do.
+    pub(crate) fn wait_turn(&self, bytes: u64, give_up: impl Fn() -> bool) {
+        let since = Instant::now();
+        self.statistics.throttled();
+        self.throttle.wait(bytes, || self.is_fenced() || self.is_closing() || give_up());
+        self.statistics.was_throttled(since.elapsed());
     }
 
     pub(crate) fn is_closing(&self) -> bool {

@@ -358,19 +358,23 @@ impl<'a, T: Transport> Session<'a, T> {
         match command.action {
             Action::Write { fua } => {
                 if length > WHOLE_WRITE {
+                    self.take_turn(length as u64)?;
                     self.input.consume(REQUEST_LEN);
                     self.arriving = Some(Arriving::Write { command, fua, done: 0, error: None });
                     return Ok(true);
                 }
-                let Some(payload) = self.input.unread().get(REQUEST_LEN..REQUEST_LEN + length) else {
+                if self.input.unread().len() < REQUEST_LEN + length {
                     return Ok(false);
-                };
+                }
+                self.take_turn(length as u64)?;
+                let payload = &self.input.unread()[REQUEST_LEN..REQUEST_LEN + length];
                 let result = self.export.call(|device| device.write_at(command.offset, payload, WriteFlags { fua }));
                 self.input.consume(REQUEST_LEN + length);
                 self.acknowledge(Operation::Write, &command, self.received, result.err())?;
                 return Ok(true);
             }
             Action::Read { whole } => {
+                self.take_turn(length as u64)?;
                 let fragments = self.rules.agreed.structured && !whole;
                 if length > SLICE && fragments {
                     self.begin(command)?;
@@ -383,17 +387,38 @@ impl<'a, T: Transport> Session<'a, T> {
                     self.read_whole(&command)?;
                 }
             }
-            Action::Trim { .. } | Action::WriteZeroes { .. } => self.begin(command)?,
+            Action::Trim { .. } | Action::WriteZeroes { .. } => {
+                self.take_turn(0)?;
+                self.begin(command)?;
+            }
             Action::Flush => {
                 let result = self.export.call(|device| device.flush());
                 self.acknowledge(Operation::Flush, &command, self.received, result.err())?;
             }
             // Everything is in memory already; the range was checked.
-            Action::Cache => self.acknowledge(Operation::Cache, &command, self.received, None)?,
-            Action::BlockStatus { one } => self.block_status(&command, one)?,
+            Action::Cache => {
+                self.take_turn(0)?;
+                self.acknowledge(Operation::Cache, &command, self.received, None)?;
+            }
+            Action::BlockStatus { one } => {
+                self.take_turn(0)?;
+                self.block_status(&command, one)?;
+            }
         }
         self.input.consume(REQUEST_LEN);
         Ok(true)
+    }
+
+    /// Waits until a request that moves so many bytes may be done under the export's limits, which all of its connections
+    /// share. What was begun before is finished and answered first. A session that is to end does not wait.
+    fn take_turn(&mut self, bytes: u64) -> Result<(), Stop> {
+        if self.export.admit_now(bytes) {
+            return Ok(());
+        }
+        while self.step()? {}
+        self.send()?;
+        self.export.wait_turn(bytes, || self.transport.is_draining());
+        Ok(())
     }
 
     /// The first slice at once, so that what fits one is done in order.

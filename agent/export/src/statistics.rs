@@ -50,6 +50,7 @@ pub struct Statistics {
     operations: [Counter; Operation::ALL.len()],
     in_flight: AtomicU64,
     throttled: AtomicU64,
+    throttled_ns: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -104,11 +105,17 @@ impl Statistics {
         self.throttled.fetch_add(1, Relaxed);
     }
 
+    /// Such a request has its turn, or was given up.
+    pub fn was_throttled(&self, waited: Duration) {
+        self.throttled_ns.fetch_add(waited.as_nanos() as u64, Relaxed);
+    }
+
     /// The counters now.
     pub fn snapshot(&self) -> ExportStatistics {
         ExportStatistics {
             in_flight: self.in_flight.load(Relaxed),
             throttled: self.throttled.load(Relaxed),
+            throttled_time: Duration::from_nanos(self.throttled_ns.load(Relaxed)),
             waiting_for_space: false,
             operations: std::array::from_fn(|index| {
                 let counter = &self.operations[index];
@@ -132,6 +139,8 @@ pub struct ExportStatistics {
     pub in_flight: u64,
     /// Requests that had to wait for the export's limits.
     pub throttled: u64,
+    /// How long they waited for them, all together.
+    pub throttled_time: Duration,
     /// A write waits until the store has room for it; see [`Export::waiting_for_space`](crate::Export::waiting_for_space).
     pub waiting_for_space: bool,
     operations: [OperationStatistics; Operation::ALL.len()],
@@ -160,6 +169,18 @@ pub struct OperationStatistics {
 }
 
 impl OperationStatistics {
+    /// What came since an earlier snapshot of the same counters.
+    #[must_use]
+    pub fn since(&self, earlier: &OperationStatistics) -> OperationStatistics {
+        OperationStatistics {
+            requests: self.requests.saturating_sub(earlier.requests),
+            bytes: self.bytes.saturating_sub(earlier.bytes),
+            errors: self.errors.saturating_sub(earlier.errors),
+            total: self.total.saturating_sub(earlier.total),
+            histogram: std::array::from_fn(|bucket| self.histogram[bucket].saturating_sub(earlier.histogram[bucket])),
+        }
+    }
+
     /// Upper bound of the bucket that holds the given fraction (0 to 1) of the requests; `None` without requests.
     pub fn quantile(&self, fraction: f64) -> Option<Duration> {
         let wanted = (self.requests as f64 * fraction.clamp(0.0, 1.0)).ceil().max(1.0) as u64;
@@ -198,5 +219,9 @@ mod tests {
         assert_eq!(reads.quantile(0.5), Some(Duration::from_nanos(1024)));
         assert_eq!(reads.quantile(1.0), Some(Duration::from_nanos(1 << 20)));
         assert_eq!(snapshot.of(Operation::Write).quantile(0.5), None);
+        statistics.record(Operation::Read, 512, Duration::from_nanos(10), false);
+        let later = statistics.snapshot().of(Operation::Read).since(reads);
+        assert_eq!((later.requests, later.errors, later.bytes), (1, 0, 512));
+        assert_eq!(later.quantile(1.0), Some(Duration::from_nanos(16)), "only what came since");
     }
 }

@@ -6,10 +6,11 @@
 mod common;
 
 use std::io::{Cursor, Read, Write};
+use std::num::NonZeroU64;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{
     Client, NAME, Reply, Served, handshake_bytes, option_bytes, read_chunk, read_handshake, read_option_reply, wait_for,
@@ -18,7 +19,7 @@ use muster_block::model::MemoryDevice;
 use muster_block::{BlockDevice, BlockError, BlockErrorKind, Extent, Geometry, WriteFlags, ZeroFlags};
 use muster_common::ByteLen;
 use muster_export::protocol::{RequestHeader, command, command_flag, option, option_reply};
-use muster_export::{ExportCatalog, Operation, Peer, Registry, RegistryError, ServerError, replay};
+use muster_export::{ExportCatalog, Limits, Operation, Peer, Registry, RegistryError, ServerError, replay};
 use parking_lot::Mutex;
 use proptest::prelude::*;
 
@@ -166,6 +167,79 @@ fn a_short_request_overtakes_a_long_read() {
         }
     }
     assert_eq!(order, [2, 1]);
+}
+
+#[test]
+fn limits_hold_for_all_connections_of_an_export_together() {
+    let (_, served) = served(numbered(MIB));
+    let export = served.registry.get(NAME).unwrap();
+    let limits = |requests, bytes| Limits {
+        requests_per_second: NonZeroU64::new(requests),
+        bytes_per_second: NonZeroU64::new(bytes),
+        burst: Duration::ZERO,
+    };
+    let mut clients = [served.client(true), served.client(false)];
+    export.set_limits(limits(500, 0));
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        for client in &mut clients {
+            scope.spawn(|| {
+                for n in 0..25 {
+                    let written = client.ask(command::WRITE, 0, n * 512, 512, &[7; 512]);
+                    assert_eq!(written.errno, 0);
+                }
+            });
+        }
+    });
+    // The first passes at once; each other one, of either connection, not before its time.
+    assert!(start.elapsed() >= Duration::from_millis(98), "{:?}", start.elapsed());
+    let statistics = export.statistics();
+    assert!(statistics.throttled > 0 && statistics.throttled_time >= Duration::from_millis(50), "{statistics:?}");
+
+    let waits = |client: &mut Client| {
+        export.set_limits(limits(0, 1));
+        assert_eq!(client.ask(command::READ, 0, 0, 512, &[]).errno, 0, "the first passes");
+        assert_eq!(client.ask(command::FLUSH, 0, 0, 0, &[]).errno, 0, "a flush does not wait");
+        assert_eq!(client.ask(command::TRIM, 0, 4096, 4096, &[]).errno, 0, "nor does what moves no bytes");
+        export.statistics().throttled
+    };
+    let [first, second] = &mut clients;
+    // lifting the limits lets it go; a long write is not even taken from the socket before
+    let before = waits(first);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| first.ask(command::WRITE, 0, 0, 512 << 10, &vec![9; 512 << 10]));
+        wait_for("the write to wait for its turn", || export.statistics().throttled > before);
+        export.set_limits(Limits::default());
+        assert_eq!(writing.join().unwrap().errno, 0);
+    });
+    // one that came before is finished and answered while another waits
+    export.set_limits(limits(0, 1));
+    first.send(command::READ, 0, 0, MIB as u32, &[]);
+    first.send(command::READ, 0, 0, 512, &[]);
+    assert_eq!(first.reply(0).bytes(0, MIB as usize)[..512], [9; 512]);
+    export.set_limits(Limits::default());
+    assert_eq!(first.reply(0).errno, 0);
+    // and an export that goes away does not wait for it
+    let before = waits(second);
+    second.send(command::READ, 0, 0, 512, &[]);
+    wait_for("a read to wait for its turn", || export.statistics().throttled > before);
+    let start = Instant::now();
+    served.registry.remove(NAME, Duration::from_secs(20)).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_server_that_stops_does_not_wait_for_the_turn_of_a_request() {
+    let (_, mut served) = served(numbered(MIB));
+    let export = served.registry.get(NAME).unwrap();
+    export.set_limits(Limits { bytes_per_second: NonZeroU64::new(1), ..Limits::default() });
+    let mut client = served.client(true);
+    client.ask(command::READ, 0, 0, 4096, &[]);
+    client.send(command::READ, 0, 0, 4096, &[]);
+    wait_for("a read to wait for its turn", || export.statistics().throttled > 0);
+    let start = Instant::now();
+    served.server.take().unwrap().stop();
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
 }
 
 #[test]

@@ -30,6 +30,13 @@ pub struct Damage {
     pub repaired: bool,
 }
 
+impl Damage {
+    /// Tells damaged frames apart; one may be given away and used for something else later.
+    pub fn frame(&self) -> u32 {
+        self.frame
+    }
+}
+
 /// Asks somebody for the block that belongs at these places.
 pub type Bring<'a> = dyn FnMut(&[Place]) -> Option<Box<[u8; BLOCK]>> + 'a;
 
@@ -68,6 +75,18 @@ impl Store {
             step.next = 0;
         }
         step
+    }
+
+    /// Puts the block into a frame that was found damaged, when it is the one that was stored there. For those who look for it
+    /// in several places; see also [`Store::scrub`].
+    pub fn repair(&self, damage: &Damage, block: &[u8; BLOCK]) -> bool {
+        self.mend(damage.frame, block)
+    }
+
+    /// Whether it still is: not repaired, and somebody refers to it.
+    pub fn is_still_damaged(&self, damage: &Damage) -> bool {
+        let frames = &self.engine().frames;
+        frames.count(damage.frame) > 0 && frames.marks.get(damage.frame) == Mark::Damaged
     }
 
     /// Hashes a frame; marks it when it is not what was stored. False for one that nobody refers to.
@@ -221,6 +240,22 @@ mod tests {
         assert_eq!(buf, *block(124));
         assert_eq!(scrub_all(&store, &mut |_| panic!("nothing is damaged")), (300, vec![]));
         assert!(store.audit().is_exact());
+    }
+
+    #[test]
+    fn a_damaged_block_may_be_brought_later() {
+        let (store, digest, volume) = store();
+        damage(&store, &digest, 9);
+        let found = scrub_all(&store, &mut |_| None).1.remove(0);
+        assert!(store.is_still_damaged(&found));
+        assert!(!store.repair(&found, &block(9)), "not the one");
+        assert!(store.repair(&found, &block(10)));
+        assert!(!store.is_still_damaged(&found) && !store.repair(&found, &block(10)));
+        damage(&store, &digest, 9);
+        let found = scrub_all(&store, &mut |_| None).1.remove(0);
+        store.delete_volume(volume).unwrap();
+        store.drop_image(&digest).unwrap();
+        assert!(!store.is_still_damaged(&found), "nobody has it any more");
     }
 
     #[test]

@@ -382,6 +382,20 @@ impl Place {
     }
 }
 
+/// Runs a program of package libnbd-bin without holding up the runtime. Without it the test fails and says so, unless
+/// `MUSTER_ALLOW_SKIP=1`: then `None`.
+pub async fn libnbd(program: &'static str, arguments: &[String]) -> Option<std::process::Output> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if !std::env::split_paths(&path).any(|directory| directory.join(program).exists()) {
+        assert!(std::env::var_os("MUSTER_ALLOW_SKIP").is_some(), "install libnbd-bin, or set MUSTER_ALLOW_SKIP=1");
+        eprintln!("skipped: no {program}");
+        return None;
+    }
+    let arguments = arguments.to_vec();
+    let run = move || std::process::Command::new(program).args(&arguments).output().unwrap();
+    Some(tokio::task::spawn_blocking(run).await.unwrap())
+}
+
 pub fn vm_on(agent: &Agent, name: &str) -> Member {
     Member {
         host: agent.host_id().to_string(),

@@ -43,7 +43,7 @@ pub use image::{
     ImportByPath, ImportQuery, PullImage, Residency,
 };
 pub use job::{Job, JobEvent, JobState};
-pub use metrics::{HostMetrics, VmMetrics};
+pub use metrics::{HostMetrics, VmMetrics, VolumeMetrics};
 pub use page::{ListQuery, Page};
 pub use problem::Problem;
 pub use status::{Alarm, Cell, Check, CheckResult, Doctor, Status};

@@ -480,6 +480,11 @@ pub enum VolumeVerb {
         #[arg(value_name = "TARGET")]
         targets: Vec<String>,
     },
+    /// What the disks of running VMs do: requests, bytes, latencies of the last second, waiting for limits or space
+    Top {
+        #[arg(value_name = "TARGET")]
+        targets: Vec<String>,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use muster_common::{HostId, Incarnation, VmId};
-use muster_idl::v1::{Heartbeat, HostMetrics, PhysicalHost, StoreState, VirtualSystem, VmMetrics};
+use muster_idl::v1::{Heartbeat, HostMetrics, PhysicalHost, StoreState, VirtualSystem, VmMetrics, VolumeMetrics};
 
 /// Times that decide who is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,6 +117,8 @@ pub struct VmEntry {
     pub system: VirtualSystem,
     pub heard_us: u64,
     pub metrics: Option<VmMetrics>,
+    /// Of its disks, by volume.
+    pub disks: BTreeMap<String, VolumeMetrics>,
     pub version: u64,
 }
 
@@ -347,11 +349,15 @@ impl Inventory {
                 entry.heard_us = now_us;
                 if !entry.has_process() {
                     entry.metrics = None;
+                    entry.disks.clear();
                 }
             }
             None => {
                 changes.push(Change::VmState { host, vm, from: 0, to: system.enabled_state });
-                self.vms.insert((vm, host), VmEntry { system, heard_us: now_us, metrics: None, version: 1 });
+                self.vms.insert(
+                    (vm, host),
+                    VmEntry { system, heard_us: now_us, metrics: None, disks: BTreeMap::new(), version: 1 },
+                );
             }
         }
         changes
@@ -368,6 +374,19 @@ impl Inventory {
             && entry.has_process()
         {
             entry.metrics = Some(metrics);
+        }
+    }
+
+    /// Of a disk that the VM has, in its present generation.
+    pub fn volume_metrics(&mut self, metrics: VolumeMetrics) {
+        if let (Ok(vm), Ok(host)) = (metrics.vm.parse::<VmId>(), metrics.host.parse::<HostId>())
+            && let Some(entry) = self.vms.get_mut(&(vm, host))
+        {
+            let disks = &entry.system.disks;
+            entry.disks.retain(|volume, _| disks.iter().any(|disk| disk.volume == *volume));
+            if disks.iter().any(|disk| disk.volume == metrics.volume && disk.generation == metrics.generation) {
+                entry.disks.insert(metrics.volume.clone(), metrics);
+            }
         }
     }
 
@@ -462,6 +481,28 @@ mod tests {
         assert!(inventory.is_missing(vm, host, 30 * S));
         inventory.tick(60 * S);
         assert!(!inventory.is_missing(vm, host, 60 * S), "an offline host says nothing");
+    }
+
+    #[test]
+    fn a_disks_figures_count_while_the_vm_has_it_in_that_generation() {
+        let mut inventory = Inventory::default();
+        let mut system = muster_idl::samples::virtual_system();
+        let metrics = muster_idl::samples::volume_metrics();
+        let (host, vm) = (system.host.parse().unwrap(), system.vm.parse().unwrap());
+        inventory.volume_metrics(metrics.clone());
+        assert!(inventory.vm_on(vm, host).is_none(), "nobody spoke of the VM");
+        inventory.virtual_system(system.clone(), S);
+        inventory.volume_metrics(metrics.clone());
+        inventory.volume_metrics(VolumeMetrics { generation: 2, reads: 0, ..metrics.clone() });
+        inventory.volume_metrics(VolumeMetrics { volume: "another".into(), ..metrics.clone() });
+        let disks = &inventory.vm_on(vm, host).unwrap().disks;
+        assert_eq!(disks.values().collect::<Vec<_>>(), [&metrics]);
+        system.disks[0].volume = "new".into();
+        system.sampled_at_us += 1;
+        inventory.virtual_system(system, 2 * S);
+        inventory.volume_metrics(VolumeMetrics { volume: "new".into(), ..metrics });
+        let disks = &inventory.vm_on(vm, host).unwrap().disks;
+        assert_eq!(disks.keys().collect::<Vec<_>>(), ["new"]);
     }
 
     #[test]

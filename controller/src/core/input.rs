@@ -21,6 +21,7 @@ pub enum Input {
     VirtualSystem(v1::VirtualSystem),
     VmGone(v1::VmKey),
     VmMetrics(v1::VmMetrics),
+    VolumeMetrics(v1::VolumeMetrics),
     Verdict(v1::Verdict),
     Progress(v1::Progress),
     Event(v1::Event),
@@ -64,6 +65,7 @@ impl Core {
                 self.usage.vm(&metrics);
                 self.inventory.vm_metrics(metrics);
             }
+            Input::VolumeMetrics(metrics) => self.inventory.volume_metrics(metrics),
             Input::Verdict(verdict) => self.verdict(verdict, now_us),
             Input::Progress(progress) => self.progress(progress),
             Input::Event(event) => self.agent_event(event, now_us),

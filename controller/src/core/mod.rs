@@ -13,6 +13,7 @@
 mod catalog;
 mod command;
 mod desired;
+mod disks;
 mod input;
 mod page;
 mod usage;

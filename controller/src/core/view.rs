@@ -145,7 +145,7 @@ impl Core {
     }
 
     /// The VMs that `target` means (comma separated); all when there is none.
-    fn wanted_vms(&self, target: Option<&str>) -> Result<Option<BTreeSet<VmId>>, Refusal> {
+    pub(super) fn wanted_vms(&self, target: Option<&str>) -> Result<Option<BTreeSet<VmId>>, Refusal> {
         let Some(target) = target.filter(|text| !text.is_empty()) else { return Ok(None) };
         let texts: Vec<String> = target.split(',').map(ToString::to_string).collect();
         Ok(Some(target::vms(&texts, &self.names(), &self.groups)?))
@@ -163,7 +163,7 @@ impl Core {
     }
 
     /// What its own host says of a VM; what another says when its own does not.
-    fn heard_of(&self, id: VmId) -> Option<(HostId, &VmEntry)> {
+    pub(super) fn heard_of(&self, id: VmId) -> Option<(HostId, &VmEntry)> {
         let own = self.desired.get(&id).map(|vm| vm.host);
         own.and_then(|host| self.inventory.vm_on(id, host).map(|entry| (host, entry)))
             .or_else(|| self.inventory.vm_anywhere(id).max_by_key(|(_, entry)| entry.heard_us))

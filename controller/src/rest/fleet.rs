@@ -3,7 +3,7 @@
 use axum::{extract::State, http::StatusCode};
 use muster_api::{
     Backup, ChangeGroup, Command, CreateCommand, CreateGroup, CreateVms, CreatedVms, Group, Host, HostMetrics,
-    ListQuery, Page, Problem, Store, Verb, Vm, VmMetrics, VmQuery, Volume,
+    ListQuery, Page, Problem, Store, Verb, Vm, VmMetrics, VmQuery, Volume, VolumeMetrics,
 };
 use muster_common::ErrorCode;
 use muster_fleet::groups::GroupPath;
@@ -48,6 +48,14 @@ pub async fn host_metrics(State(shared): State<Shared>, Params(query): Params<Li
 pub async fn vm_metrics(State(shared): State<Shared>, Params(query): Params<ListQuery>) -> Answer {
     let all = shared.core.call(|core| Ok(core.vm_metrics())).await?;
     json(paginate(all, |m| format!("{} {}", m.vm_name, m.vm), query.cursor.as_deref(), query.limit)?)
+}
+
+/// The latest readings of the disks of VMs.
+#[utoipa::path(get, path = "/v1/metrics/volumes", tag = "metrics", params(VmQuery), responses((status = 200, body = Page<VolumeMetrics>), (status = "default", body = Problem)))]
+pub async fn volume_metrics(State(shared): State<Shared>, Params(query): Params<VmQuery>) -> Answer {
+    let all = shared.core.call(move |core| core.volume_metrics(query.target.as_deref())).await?;
+    let key = |m: &VolumeMetrics| format!("{} {} {}", m.vm_name, m.target, m.volume);
+    json(paginate(all, key, query.cursor.as_deref(), query.limit)?)
 }
 
 /// The memory-resident stores of all hosts.

@@ -114,6 +114,7 @@ pub fn router(shared: Shared) -> Router {
         .route("/hosts/{host}", get(fleet::get_host).delete(fleet::forget_host))
         .route("/metrics/hosts", get(fleet::host_metrics))
         .route("/metrics/vms", get(fleet::vm_metrics))
+        .route("/metrics/volumes", get(fleet::volume_metrics))
         .route("/stores", get(fleet::list_stores))
         .route("/stores/{host}", get(fleet::get_store))
         .route("/vms", get(fleet::list_vms).post(fleet::create_vms))

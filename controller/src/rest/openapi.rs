@@ -20,6 +20,7 @@ use super::{command, export, extract::Answer, fleet, image, job, log, stream, sy
         fleet::forget_host,
         fleet::host_metrics,
         fleet::vm_metrics,
+        fleet::volume_metrics,
         fleet::list_stores,
         fleet::get_store,
         fleet::list_vms,

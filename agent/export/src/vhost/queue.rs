@@ -111,8 +111,8 @@ pub(crate) struct Queue {
 /// The request at the front cannot be done yet.
 #[derive(Default)]
 struct Waits {
-    /// For its turn under the limits, and was counted.
-    turn: bool,
+    /// For its turn under the limits since then, and was counted.
+    turn: Option<Instant>,
     /// For space.
     space: Option<Space>,
 }
@@ -219,7 +219,7 @@ impl Queue {
             log.mark_all();
         }
         self.uncount(self.counted);
-        self.waits.turn = false;
+        self.waits.turn = None;
         // A request that waits was never taken. It is the first one after the start, and waits on.
         self.again.clear();
         self.next_available
@@ -316,7 +316,7 @@ impl Queue {
         if !self.is_running() {
             return Armed::Kick;
         }
-        if self.waits.space.is_some() || self.waits.turn {
+        if self.waits.space.is_some() || self.waits.turn.is_some() {
             return Armed::Waits;
         }
         if self.kick.is_none() {
@@ -447,14 +447,16 @@ impl Queue {
         // A request that waits for space has had its turn.
         if operation.is_some_and(|operation| operation != Operation::Flush) && self.waits.space.is_none() {
             if let Err(wait) = export.admit(now, bytes) {
-                if !self.waits.turn {
-                    self.waits.turn = true;
+                if self.waits.turn.is_none() {
+                    self.waits.turn = Some(now);
                     export.counters().throttled();
                 }
                 // Not long at once: the limits may be lifted.
                 return Ok(Err(Step::Until(now + wait.min(Duration::from_millis(20)))));
             }
-            self.waits.turn = false;
+            if let Some(since) = self.waits.turn.take() {
+                export.counters().was_throttled(now.saturating_duration_since(since));
+            }
         }
         if let Some(record) = &mut self.record {
             record.take(head);

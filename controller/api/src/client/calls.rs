@@ -9,7 +9,7 @@ use crate::{
     CreateCommand, CreateGroup, CreateTemplate, CreateVms, CreatedVms, Doctor, Download, Estimate, EstimateRequest,
     Event, EventQuery, ExportFormat, ExportQuery, Group, Host, HostMetrics, Image, ImportByPath, ImportQuery, Job,
     JobEvent, JobState, ListQuery, Page, PullImage, STREAM_PROTOCOL, Status, Store, Template, Top, Usage, UsageQuery,
-    Vm, VmMetrics, VmQuery, Volume, VolumeQuery,
+    Vm, VmMetrics, VmQuery, Volume, VolumeMetrics, VolumeQuery,
 };
 
 type Answer<T> = Result<T, ClientError>;
@@ -95,6 +95,9 @@ impl Client {
     }
     pub async fn vm_metrics(&self) -> Answer<Vec<VmMetrics>> {
         self.all("/metrics/vms", &()).await
+    }
+    pub async fn volume_metrics(&self, target: &[String]) -> Answer<Vec<VolumeMetrics>> {
+        self.all("/metrics/volumes", &target_query(target)).await
     }
     pub async fn volumes(&self, query: &VolumeQuery) -> Answer<Page<Volume>> {
         self.get("/volumes").query(query).read().await

@@ -1,6 +1,8 @@
 //! Hosts, stores, volumes, backups, the controller itself, and the event log.
 
-use muster_api::{CheckResult, Event, EventQuery, Host, HostState, Severity, Status, Store, TargetKind, Verb};
+use muster_api::{
+    CheckResult, Event, EventQuery, Host, HostState, Severity, Status, Store, TargetKind, Verb, VolumeMetrics,
+};
 use muster_common::ByteLen;
 
 use super::{Session, ago, command, now_us};
@@ -147,7 +149,13 @@ pub fn stores_table(stores: &[Store]) -> String {
 }
 
 pub async fn volume(session: &Session, verb: VolumeVerb) -> anyhow::Result<Ended> {
-    let VolumeVerb::Ls { targets } = verb;
+    let targets = match verb {
+        VolumeVerb::Ls { targets } => targets,
+        VolumeVerb::Top { targets } => {
+            print(session.output, &session.client.volume_metrics(&targets).await?, |metrics| disks(metrics))?;
+            return Ok(Ended::AllDone);
+        }
+    };
     let volumes = session.client.all_volumes(&targets).await?;
     print(session.output, &volumes, |volumes| {
         let mut table = Table::new(&["VOLUME", ">GEN", "VM", "HOST", "ROLE", ">SIZE", "IMAGE", "CONDITION"]);
@@ -166,6 +174,42 @@ pub async fn volume(session: &Session, verb: VolumeVerb) -> anyhow::Result<Ended
         table.render()
     })?;
     Ok(Ended::AllDone)
+}
+
+fn disks(metrics: &[VolumeMetrics]) -> String {
+    let latency = |p50: f64, p99: f64| if p99 > 0.0 { format!("{p50:.0}/{p99:.0}") } else { "-".into() };
+    let columns = [
+        "VM",
+        "DISK",
+        "BY",
+        ">READS",
+        ">READ",
+        ">P50/P99 us",
+        ">WRITES",
+        ">WRITTEN",
+        ">P50/P99 us",
+        ">ERRORS",
+        ">THROTTLED",
+        "WAITS",
+    ];
+    let mut table = Table::new(&columns);
+    for m in metrics {
+        table.row([
+            m.vm_name.clone(),
+            m.target.clone(),
+            m.transport.clone(),
+            m.reads.to_string(),
+            ByteLen(m.read_bytes).to_string(),
+            latency(m.read_p50_us, m.read_p99_us),
+            m.writes.to_string(),
+            ByteLen(m.written_bytes).to_string(),
+            latency(m.write_p50_us, m.write_p99_us),
+            m.errors.to_string(),
+            format!("{:.1} s", m.throttled_us as f64 / 1e6),
+            if m.waiting_for_space > 0 { "for space".into() } else { String::new() },
+        ]);
+    }
+    table.render()
 }
 
 pub async fn backup(session: &Session, verb: BackupVerb) -> anyhow::Result<Ended> {
