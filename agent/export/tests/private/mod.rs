@@ -1,4 +1,5 @@
-//! Tests that mount: each in namespaces of its own, so that nothing stays mounted and no process is left, however it ends.
+//! Tests that mount: each in namespaces of its own, so that nothing stays mounted and no process is left when it ends. (One
+//! that is killed from outside while it waits for a mount that it serves itself hangs until its nbdfuse is killed.)
 #![allow(dead_code, reason = "each test program uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
