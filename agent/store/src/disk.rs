@@ -213,7 +213,9 @@ impl BlockDevice for Disk {
     }
 
     fn may_wait(&self) -> bool {
-        self.inner.engine.spill.is_some() && self.map.account.spills()
+        // blocks that are away may be shared by disks that never spill themselves
+        let away = || self.inner.engine.frames.marks.counts().0 > 0;
+        self.inner.engine.spill.is_some() && (self.map.account.spills() || away())
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), BlockError> {

@@ -45,6 +45,8 @@ const BATCH: usize = 64;
 /// Blocks of the file given back together (8 MiB): a hole costs the file system a millisecond on a busy disk, whether it is
 /// of one block or of a thousand.
 const UNUSED: usize = 2048;
+/// Holes made while all who read or write the file wait.
+const HOLES: usize = 8;
 
 /// A block that `O_DIRECT` takes.
 #[repr(align(4096))]
@@ -168,15 +170,21 @@ impl Spill {
     /// A hole for each run of frames that are not away. Blocks are written anew before they are read again, so an error only
     /// costs space.
     fn punch(&self, marks: &Marks, mut frames: Vec<u32>) {
-        // nobody spills meanwhile. Who holds one of these locks waits for no other
-        let _alone: Vec<_> = self.locks.iter().map(|lock| lock.0.lock()).collect();
-        frames.retain(|frame| marks.get(*frame) != Mark::Away);
+        fn neighbours(one: &u32, next: &u32) -> bool {
+            one + 1 == *next
+        }
         frames.sort_unstable();
         frames.dedup();
-        for run in frames.chunk_by(|one, next| one + 1 == *next) {
-            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            let (first, len) = (u64::from(run[0]), run.len() as u64);
-            let _ = fallocate(&self.file, hole, first * BLOCK as u64, len * BLOCK as u64);
+        let runs: Vec<&[u32]> = frames.chunk_by(neighbours).collect();
+        for some in runs.chunks(HOLES) {
+            // nobody spills meanwhile, so what is not away now stays so. Who holds one of these locks waits for no other
+            let _alone: Vec<_> = self.locks.iter().map(|lock| lock.0.lock()).collect();
+            let unused = some.iter().copied().flatten().copied().filter(|frame| marks.get(*frame) != Mark::Away);
+            for run in unused.collect::<Vec<_>>().chunk_by(neighbours) {
+                let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                let (first, len) = (u64::from(run[0]), run.len() as u64);
+                let _ = fallocate(&self.file, hole, first * BLOCK as u64, len * BLOCK as u64);
+            }
         }
     }
 

@@ -24,6 +24,10 @@
 //! its frontend is connected. Locks: the pool's list, then a queue's, which a thread has while it serves the queue and
 //! the session takes to change it; no other is taken under it but the export's limits.
 //!
+//! Who can hold others up: a request is bounded (32 MiB of data, 16 ranges of 4 GiB to discard) and occupies one of the
+//! threads while it is done. A frontend, that is a QEMU that was taken over, could clear the non-blocking flag of a descriptor
+//! it shares with us and hold the threads that call it; a guest cannot.
+//!
 //! Deliberately not here: packed rings, live migration of a connected frontend (logged writes), requests of one queue
 //! done at the same time.
 

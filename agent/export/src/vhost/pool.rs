@@ -260,8 +260,10 @@ impl Pool {
     fn unwatch(&self, slot: &Arc<Slot>) {
         slot.change(|queue| {
             if let Some(kick) = queue.kick.take() {
-                // It lives on in the frontend, so closing ours would not take it out.
+                // It lives on in the frontend, so closing ours would not take it out. Nobody counts kicks here, but who
+                // has it next may ask whether there was one.
                 let _ = epoll::delete(&self.shared.events, &kick);
+                let _ = rustix::io::read(&kick, &mut [0; 8]);
             }
         });
         self.shared.slots.lock().watched.remove(&slot.key);
@@ -298,7 +300,7 @@ impl Shared {
 
     /// Wakes a thread, if one sleeps.
     fn poke(&self) {
-        // full: it was not looked at since, and will be
+        // nobody reads it: each write is an edge, and it is never full
         let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
     }
 
@@ -365,6 +367,10 @@ impl Shared {
             self.watched_over.store(false, Ordering::Release);
         }
         self.sleepers.fetch_sub(1, Ordering::AcqRel);
+        if watches || kicks > 1 {
+            // Another one watches while this one is perhaps held up, and takes what would wait behind a long request.
+            self.poke();
+        }
         kicks
     }
 
@@ -418,7 +424,9 @@ impl Shared {
                     let soon = Instant::now() + NO_KICK;
                     *until = Some(until.map_or(soon, |until| until.min(soon)));
                 }
-                // another thread has it and sees to it
+                // another thread may have found out since our look, and be asleep
+                Some(Armed::Waits) if until.is_none() => *until = Some(Instant::now() + NO_KICK),
+                // when another thread has it, that one is awake and sees to it
                 Some(Armed::Kick | Armed::Waits) | None => {}
             }
         }

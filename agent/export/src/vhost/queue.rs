@@ -33,8 +33,8 @@ use crate::statistics::Operation;
 const PIECE: usize = 256 << 10;
 /// Times of arrival kept apart; with more, the newest ones are counted from the last one kept.
 const SEEN: usize = 64;
-/// Requests done in a row, and bytes after which no more are begun, before other queues get their turn.
-const BATCH: (u32, u64) = (64, 512 << 10);
+/// Requests done in a row, and bytes and time after which no more are begun, before other queues get their turn.
+const BATCH: (u32, u64, Duration) = (64, 512 << 10, Duration::from_micros(500));
 /// The driver is told of answers at least this often, however many requests are in the batch.
 const CALL_INTERVAL: Duration = Duration::from_micros(50);
 /// How soon a write without space is tried again: at first, and at most.
@@ -331,12 +331,9 @@ impl Queue {
         });
         self.memory = memory;
         match pending {
-            Ok(0) => Armed::Kick,
-            Ok(_) => Armed::Pending,
-            Err(why) => {
-                self.fail(why);
-                Armed::Kick
-            }
+            Ok(0) if self.again.is_empty() => Armed::Kick,
+            // a ring that is broken is found to be so when it is served
+            Ok(_) | Err(_) => Armed::Pending,
         }
     }
 
@@ -384,7 +381,8 @@ impl Queue {
         let (mut done, mut bytes) = (0, 0);
         // Who wants the queue does not wait for more than one request.
         while left > 0 && done < BATCH.0 && bytes < BATCH.1 {
-            if done > 0 && self.wanted.load(Ordering::Relaxed) > 0 {
+            let long = last.duration_since(now) > BATCH.2;
+            if done > 0 && (long || self.wanted.load(Ordering::Relaxed) > 0) {
                 break;
             }
             let head = match self.again.front() {

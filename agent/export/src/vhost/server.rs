@@ -26,6 +26,9 @@ use crate::registry::{ExportCatalog, Link, Peer};
 /// Longest path of a unix socket the kernel takes.
 const LONGEST_PATH: usize = 107;
 
+/// Threads of a device that may wait, at most.
+const OWN_THREADS: u16 = 4;
+
 /// An export could not be served, or not be withdrawn.
 #[derive(Debug, thiserror::Error)]
 pub enum VhostError {
@@ -325,7 +328,7 @@ impl Service {
         if !device.may_wait() {
             return Ok(Arc::clone(&self.pool));
         }
-        Ok(Arc::new(Pool::start(self.threads.min(self.settings.queues), self.settings.spin, &self.names)?))
+        Ok(Arc::new(Pool::start(self.threads.min(OWN_THREADS), self.settings.spin, &self.names)?))
     }
 }
 
