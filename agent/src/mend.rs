@@ -232,6 +232,12 @@ fn why(host: &Host, entry: &Entry) -> String {
         );
     }
     let budget = host.volumes.store.stats().budget;
+    if disks.iter().any(|disk| host.volumes.spill_is_used_up(disk, ROOM)) {
+        return format!(
+            "its disk needs memory, and both the store's budget of {budget} and the spill file are used up: the VM stands \
+             still until there is room. Drop images, reset sessions, delete VMs, or raise store.budget or store.spill.size"
+        );
+    }
     format!(
         "its disk needs memory and the store's budget of {budget} is used up: the VM stands still until there is some. Drop \
          images, reset sessions, delete VMs, or raise store.budget"

@@ -189,6 +189,12 @@ impl Volumes {
         volume.would_fit(room) || can_spill()
     }
 
+    /// The disk stands still because its coldest blocks find no place on the disk either.
+    pub fn spill_is_used_up(&self, disk: &DiskRecord, room: ByteLen) -> bool {
+        let spills = self.find(disk).is_some_and(|volume| volume.when_full() == WhenFull::Spill);
+        spills && self.store.spill_room().is_some_and(|left| left < room)
+    }
+
     /// The disk stands still because of its own quota, whatever memory there is.
     pub fn quota_is_used_up(&self, disk: &DiskRecord) -> bool {
         self.find(disk).is_some_and(|volume| volume.quota_is_used_up())
