@@ -5,11 +5,11 @@
 //! [`muster_block::BlockDevice`]s. [`StoreStats`] says what all that takes, [`AuditReport`] whether every count is right.
 //!
 //! ```text
-//!   Image, Volume, Snapshot, ImageBuilder        volume.rs image.rs store.rs
+//!   Image, Volume, Snapshot, ImageBuilder        volume.rs image.rs store.rs, store/ (opening, snapshots)
 //!      | each has a
 //!   Disk  (range checks, errors, the books)      disk.rs
 //!      | which is a
-//!   Map   16 stripes: lock + tree of nodes       map.rs      4 bytes a block, shared between clones
+//!   Map   16 stripes: lock + tree of nodes       map.rs, map/   4 bytes a block, shared between clones
 //!      |                                           differences.rs: what two maps do not share
 //!      | limited by
 //!   Account: quota, reservation, policy          account.rs
