@@ -124,9 +124,8 @@ fn an_outage_of_seconds_loses_nothing_reliable() {
 }
 
 /// The fault of RustDDS that the watchdog is for: participants that lost each other by time-out (50 s) never match
-/// again. Takes a minute, hence not in each run: `cargo test -p muster-bus --test network -- --ignored`.
+/// again. Takes a minute: their lease is fixed at 50 s.
 #[test]
-#[ignore = "takes a minute: the lease of RustDDS is fixed at 50 s"]
 fn after_an_outage_longer_than_the_lease_hosts_match_again() {
     let Some(hosts) = Namespaces::make() else { return };
     let domain = free_domain();
