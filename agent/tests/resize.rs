@@ -9,14 +9,13 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use muster_agent::{Agent, Config, Deps, config::TransportChoice};
+use muster_agent::{Agent, Config, config::TransportChoice};
 use muster_common::ByteLen;
 use muster_idl::v1::{Outcome, Verb, VirtualSystem};
-use muster_store::{Store, StoreConfig};
+use muster_store::Store;
 use support::{
-    Controller, Depot, Place,
-    guest::{World, desk_template, guest_images, in_own_process},
-    network, vm_on,
+    Place,
+    guest::{Running, World, in_own_process, running, start},
 };
 
 /// The guest's data disk at first.
@@ -32,23 +31,8 @@ struct Desk {
 
 impl Desk {
     async fn begin(seed: u64, transport: TransportChoice) -> Option<(Self, Agent)> {
-        let images = guest_images()?;
-        muster_common::logging::init(muster_common::logging::LogFormat::Text);
-        let (network, depot, place) = (network(seed), Depot::start().await, Place::new(seed));
-        let template = desk_template(&depot, &images, Some(ByteLen::mib(BEGIN)), &[]);
-        let mut config = place.config();
-        config.hypervisor.uri = String::new();
-        config.export.transport = transport;
-        config.timeouts = Default::default();
-        let store = Store::open(StoreConfig::new(ByteLen::gib(1))).unwrap();
-        let agent = start(&network, &config, &store).await;
-        let controller = Controller::join(&network, &depot.url);
-        controller.beat(vec![]);
-        let vm = vm_on(&agent, "desk 1");
-        let mut world = World { controller, vm, since_us: 0 };
-        world.done(Verb::Create, &[("template", &template)]).await;
-        world.done(Verb::PowerOn, &[]).await;
-        world.guest_up().await;
+        let Running { world, network, config, store, place, agent } =
+            running(seed, transport, ByteLen::mib(BEGIN), ByteLen::gib(1)).await?;
         Some((Self { world, network, config, store, _place: place }, agent))
     }
 
@@ -89,11 +73,6 @@ impl Desk {
         let (status, said) = self.world.exec(&["/bin/sh", "-c", &script]).await;
         assert_eq!(status, 0, "{said}");
     }
-}
-
-async fn start(network: &muster_bus::twin::Network, config: &Config, store: &Store) -> Agent {
-    let deps = Deps { bus: Some(network.join("host1")), store: Some(store.clone()), ..Deps::default() };
-    Agent::start(config.clone(), deps).await.unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -9,18 +9,18 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use muster_agent::{Agent, Config, Deps, Stop, config::TransportChoice};
+use muster_agent::{Agent, Config, Stop, config::TransportChoice};
 use muster_block::{BlockDevice, WriteFlags};
 use muster_common::{ByteLen, VolumeId};
 use muster_idl::{
     arguments::ExecResult,
     v1::{Event, Outcome, Verb, VirtualSystem},
 };
-use muster_store::{Store, StoreConfig, VolumeSpec};
+use muster_store::{Store, VolumeSpec};
 use support::{
-    Controller, Depot, Place,
-    guest::{BOOT, World, desk_template, guest_images, in_own_process},
-    network, vm_on, wait_for,
+    Place,
+    guest::{BOOT, Running, World, in_own_process, running, start},
+    wait_for,
 };
 
 /// Says at its top what it does.
@@ -36,24 +36,8 @@ struct Warm {
 
 impl Warm {
     async fn begin(seed: u64, transport: TransportChoice, budget: ByteLen) -> Option<(Self, Agent)> {
-        let images = guest_images()?;
-        muster_common::logging::init(muster_common::logging::LogFormat::Text);
-        let (network, depot) = (network(seed), Depot::start().await);
-        let template = desk_template(&depot, &images, Some(ByteLen::mib(64)), &[]);
-        let place = Place::new(seed);
-        let mut config = place.config();
-        config.hypervisor.uri = String::new();
-        config.export.transport = transport;
-        config.timeouts = Default::default();
-        let store = Store::open(StoreConfig::new(budget)).unwrap();
-        let agent = start(&network, &config, &store).await;
-        let controller = Controller::join(&network, &depot.url);
-        controller.beat(vec![]);
-        let vm = vm_on(&agent, "desk 1");
-        let mut world = World { controller, vm, since_us: 0 };
-        world.done(Verb::Create, &[("template", &template)]).await;
-        world.done(Verb::PowerOn, &[]).await;
-        world.guest_up().await;
+        let Running { world, network, config, store, place, agent } =
+            running(seed, transport, ByteLen::mib(64), budget).await?;
         Some((Self { world, network, config, store, _place: place }, agent))
     }
 
@@ -122,14 +106,6 @@ impl Warm {
         let heard = std::iter::from_fn(|| self.world.controller.events.try_recv());
         heard.filter_map(|sample| sample.value()).filter(|event| kinds.contains(&event.kind.as_str())).collect()
     }
-}
-
-async fn start(network: &muster_bus::twin::Network, config: &Config, store: &Store) -> Agent {
-    let deps = Deps { bus: Some(network.join("host1")), store: Some(store.clone()), ..Deps::default() };
-    let began = Instant::now();
-    let agent = Agent::start(config.clone(), deps).await.unwrap();
-    eprintln!("agent started in {:?}", began.elapsed());
-    agent
 }
 
 fn base64(bytes: &[u8]) -> String {

@@ -5,14 +5,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use muster_agent::{Agent, Config, Deps, config::TransportChoice};
 use muster_common::{ByteLen, Digest};
 use muster_idl::{
     arguments::{ApplicationSpec, BootSpec, ExecResult, TemplateSpec},
     v1::{Member, Outcome, Verb, Verdict},
 };
 use muster_repository::source::{ImageFormat, open_image};
+use muster_store::{Store, StoreConfig};
 
-use super::{Controller, Depot};
+use super::{Controller, Depot, Place, network, vm_on};
 
 /// A guest under translation on a busy machine.
 pub const BOOT: Duration = Duration::from_secs(150);
@@ -47,6 +49,46 @@ pub fn in_own_process(test: &str) -> bool {
     let (out, err) = (String::from_utf8_lossy(&again.stdout), String::from_utf8_lossy(&again.stderr));
     assert!(again.status.success() && out.contains("1 passed"), "{test}: {}\n{out}\n{err}", again.status);
     false
+}
+
+/// A desk that runs on an agent whose store is the test's, so that it outlives the agent.
+pub struct Running {
+    pub world: World,
+    pub network: muster_bus::twin::Network,
+    pub config: Config,
+    pub store: Store,
+    pub place: Place,
+    pub agent: Agent,
+}
+
+/// Starts one with a data disk of that size, up to its guest's agent. None without QEMU or images, where that is allowed.
+pub async fn running(seed: u64, transport: TransportChoice, data: ByteLen, budget: ByteLen) -> Option<Running> {
+    let images = guest_images()?;
+    muster_common::logging::init(muster_common::logging::LogFormat::Text);
+    let (network, depot, place) = (network(seed), Depot::start().await, Place::new(seed));
+    let template = desk_template(&depot, &images, Some(data), &[]);
+    let mut config = place.config();
+    config.hypervisor.uri = String::new();
+    config.export.transport = transport;
+    config.timeouts = Default::default();
+    let store = Store::open(StoreConfig::new(budget)).unwrap();
+    let agent = start(&network, &config, &store).await;
+    let controller = Controller::join(&network, &depot.url);
+    controller.beat(vec![]);
+    let vm = vm_on(&agent, "desk 1");
+    let mut world = World { controller, vm, since_us: 0 };
+    world.done(Verb::Create, &[("template", &template)]).await;
+    world.done(Verb::PowerOn, &[]).await;
+    world.guest_up().await;
+    Some(Running { world, network, config, store, place, agent })
+}
+
+pub async fn start(network: &muster_bus::twin::Network, config: &Config, store: &Store) -> Agent {
+    let deps = Deps { bus: Some(network.join("host1")), store: Some(store.clone()), ..Deps::default() };
+    let began = Instant::now();
+    let agent = Agent::start(config.clone(), deps).await.unwrap();
+    eprintln!("agent started in {:?}", began.elapsed());
+    agent
 }
 
 pub struct World {
