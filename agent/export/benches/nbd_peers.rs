@@ -1,7 +1,8 @@
 //! This export against `nbdkit memory` and `qemu-nbd` on a raw file in a private tmpfs, with fio as the client.
 //!
 //! ```text
-//! cargo bench -p muster-export --bench nbd_peers [-- --rounds 5 --seconds 2 --size 512MiB --device store|memory]
+//! cargo bench -p muster-export --bench nbd_peers [-- --rounds 5 --seconds 2 --size 512MiB --device store|memory --spin-us 50
+//!     --cells 'randread QD1 ']
 //! ```
 //!
 //! Needs `fio`, `nbdkit`, `qemu-nbd`, `nbdcopy`; `nbdinfo` is not used. Every server gets the same random contents
@@ -50,6 +51,12 @@ const CELLS: [Cell; 10] = [
     Cell { rw: "write", block: "1m", depth: 4, jobs: 1 },
 ];
 
+impl std::fmt::Display for Cell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} QD{} × {}", self.block, self.rw, self.depth, self.jobs)
+    }
+}
+
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
 struct Figure {
@@ -63,10 +70,19 @@ struct Settings {
     size: ByteLen,
     device: String,
     spin: Option<Duration>,
+    /// Part of the names of the cells to measure.
+    cells: String,
 }
 
 fn settings() -> Result<Settings> {
-    let mut settings = Settings { rounds: 5, seconds: 2, size: ByteLen::mib(512), device: "store".into(), spin: None };
+    let mut settings = Settings {
+        rounds: 5,
+        seconds: 2,
+        size: ByteLen::mib(512),
+        device: "store".into(),
+        spin: None,
+        cells: String::new(),
+    };
     // cargo adds --bench.
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     while let Some(argument) = arguments.next() {
@@ -76,6 +92,7 @@ fn settings() -> Result<Settings> {
             "--seconds" => settings.seconds = value.parse()?,
             "--size" => settings.size = value.parse()?,
             "--device" => settings.device = value,
+            "--cells" => settings.cells = value,
             "--spin-us" => settings.spin = Some(Duration::from_micros(value.parse()?)),
             _ => return Err(format!("unknown argument {argument}").into()),
         }
@@ -139,12 +156,13 @@ fn main() -> Result<()> {
 
     fill(&directory.path().join("contents"), settings.size, &servers)?;
 
+    let cells: Vec<Cell> = CELLS.into_iter().filter(|cell| cell.to_string().contains(&settings.cells)).collect();
     let mut figures: BTreeMap<(Cell, usize), Vec<Figure>> = BTreeMap::new();
     for round in 0..settings.rounds {
-        for cell in CELLS {
+        for &cell in &cells {
             for (index, (name, uri)) in servers.iter().enumerate() {
                 let figure = measure(directory.path(), uri, cell, &settings)?;
-                eprintln!("round {round} {cell:?} {name}: {:.0} IOPS, p50 {:.1} us", figure.iops, figure.p50_us);
+                eprintln!("round {round} {cell} {name}: {:.0} IOPS, p50 {:.1} us", figure.iops, figure.p50_us);
                 figures.entry((cell, index)).or_default().push(figure);
             }
         }
@@ -156,7 +174,7 @@ fn main() -> Result<()> {
     );
     println!("| | muster | nbdkit memory | qemu-nbd tmpfs | / nbdkit | / qemu-nbd | p50 us, each | p50 / nbdkit |");
     println!("|---|---|---|---|---|---|---|---|");
-    for cell in CELLS {
+    for cell in cells {
         let of = |index: usize| &figures[&(cell, index)];
         let iops: Vec<f64> = (0..3).map(|index| median(of(index).iter().map(|figure| figure.iops))).collect();
         let p50: Vec<f64> = (0..3).map(|index| median(of(index).iter().map(|figure| figure.p50_us))).collect();
@@ -166,11 +184,7 @@ fn main() -> Result<()> {
             format!("{:.1}k [{min:.1}-{max:.1}]", iops[index] / 1000.0)
         };
         println!(
-            "| {} {} QD{} × {} | {} | {} | {} | {:.2} | {:.2} | {:.1} · {:.1} · {:.1} | {:.2} |",
-            cell.block,
-            cell.rw,
-            cell.depth,
-            cell.jobs,
+            "| {cell} | {} | {} | {} | {:.2} | {:.2} | {:.1} · {:.1} · {:.1} | {:.2} |",
             text(0),
             text(1),
             text(2),

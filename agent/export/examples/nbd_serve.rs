@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p muster-export --example nbd_serve -- --socket /tmp/x.sock [--tcp 127.0.0.1:0] \
-//!     [--device memory|store] [--size 1GiB] [--name disk] [--spin-us 20]
+//!     [--device memory|store] [--size 1GiB] [--name disk] [--spin-us 50]
 //! ```
 //!
 //! Prints the URI and serves until its standard input ends (^D).

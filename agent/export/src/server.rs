@@ -91,7 +91,7 @@ impl NbdConfig {
             handshake: HandshakeLimits::default(),
             handshakes_per_peer: 256,
             tls: None,
-            spin: Duration::from_micros(20),
+            spin: Duration::from_micros(50),
             grace: Duration::from_secs(2),
         }
     }
