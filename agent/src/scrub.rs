@@ -1,4 +1,5 @@
-//! Looks for damage in the store's memory, a little all the time, and has it mended.
+//! Looks for damage in the store's memory, a little all the time, and has it mended. And gives memory back to the machine
+//! that is free in parts of huge pages, at most [`GIVEN_BACK`] times 4 MiB each turn.
 //!
 //! Thread `agent-scrub`, of the lowest priority, until `stop`. Four times a second it hashes as many blocks as the rate
 //! allows; what was not used for a second is not made up for. A block that is not what was stored is marked by the store
@@ -14,7 +15,7 @@ use std::{
 
 use muster_common::{ByteLen, VolumeId};
 use muster_idl::v1::Severity;
-use muster_store::{Damage, Place};
+use muster_store::{Damage, Place, Store};
 use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,7 @@ use crate::{
 
 const BLOCK: u64 = 4096;
 const TURN: Duration = Duration::from_millis(250);
+const GIVEN_BACK: u32 = 16;
 /// Blocks hashed between two looks at `stop`: about a millisecond.
 const PIECE: u64 = 256;
 /// No two passes begin within this time: looking through the counts of a store that is empty costs, too.
@@ -148,7 +150,16 @@ pub fn run(host: &Host, runtime: &Handle, stop: &CancellationToken) {
         let now = Instant::now();
         scrub.turn(now, now - last);
         scrub.look_again(now);
+        give_back(&host.volumes.store, stop);
         last = now;
+    }
+}
+
+fn give_back(store: &Store, stop: &CancellationToken) {
+    for _ in 0..GIVEN_BACK {
+        if stop.is_cancelled() || store.give_back() == ByteLen::ZERO {
+            break;
+        }
     }
 }
 

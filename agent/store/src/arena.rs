@@ -13,7 +13,14 @@
 //! (`marks.rs`) and reads again.
 #![allow(unsafe_code)]
 
-use std::{ffi::c_void, fs::File, io, ops::Range, ptr::NonNull, sync::atomic::AtomicU32};
+use std::{
+    ffi::c_void,
+    fs::File,
+    io,
+    ops::Range,
+    ptr::NonNull,
+    sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed},
+};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
@@ -54,6 +61,9 @@ struct Region {
     mapped: usize,
     /// A file's, so that pages go back by punching holes into it.
     shared: bool,
+    pages: PageKind,
+    /// Some transparent huge page was given back in part.
+    cut: AtomicBool,
 }
 
 // SAFETY: a Region is an address and a length that never change; what may be done with the memory behind it is ruled by
@@ -81,7 +91,7 @@ impl Region {
         let skip = mapping.cast::<u8>().align_offset(HUGE);
         // SAFETY: the mapping is HUGE bytes longer than `len`, so base and base + len lie within it.
         let base = unsafe { NonNull::new_unchecked(mapping.cast::<u8>().add(skip)) };
-        let region = Region { base, len, mapping, mapped, shared: file.is_some() };
+        let region = Region { base, len, mapping, mapped, shared: file.is_some(), pages, cut: AtomicBool::new(false) };
         if let Some(file) = file {
             if file.metadata()?.len() < len as u64 {
                 file.set_len(len as u64)?;
@@ -110,6 +120,16 @@ impl Region {
     /// Gives the pages of the range back to the machine. They read as zero afterwards.
     fn give_back(&self, range: Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.len);
+        let in_part = !range.start.is_multiple_of(HUGE) || !range.end.is_multiple_of(HUGE);
+        if self.pages == PageKind::Transparent && (in_part || self.cut.load(Relaxed)) {
+            // The kernel would make the huge page whole again, with memory that nobody counts. Once it is wholly free it may.
+            let kind = if in_part { Advice::LinuxNoHugepage } else { Advice::LinuxHugepage };
+            let pages = range.start / HUGE * HUGE..range.end.next_multiple_of(HUGE);
+            self.cut.store(true, Relaxed);
+            // SAFETY: the range lies within our mapping, whose length is a multiple of HUGE; this advice does not change
+            // contents. It fails where the process has too many mappings; then the kernel may do so.
+            let _ = unsafe { madvise(self.base.as_ptr().add(pages.start).cast(), pages.len(), kind) };
+        }
         let advice = if self.shared { Advice::LinuxRemove } else { Advice::LinuxDontNeed };
         // SAFETY: the range lies within our mapping. The callers of `Words::give_back` and `Blocks::give_back` own all of
         // it: nobody reads or writes it during the call. An error leaves the pages as they are, which is harmless.
@@ -270,8 +290,6 @@ impl Blocks {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering::Relaxed;
-
     use super::*;
 
     #[test]
@@ -285,6 +303,45 @@ mod tests {
         assert!(blocks.with(0, |frame| frame == &[1; BLOCK]));
         blocks.give_back(0..1);
         assert!(blocks.with(0, |frame| frame == &[0; BLOCK]));
+    }
+
+    /// The flags the kernel has for the mapping at an address (`VmFlags` of /proc/PID/smaps).
+    fn flags_at(address: usize) -> Vec<String> {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut here = false;
+        for line in smaps.lines() {
+            let range = line.split(' ').next().and_then(|range| range.split_once('-'));
+            if let Some((Ok(start), Ok(end))) =
+                range.map(|(a, b)| (usize::from_str_radix(a, 16), usize::from_str_radix(b, 16)))
+            {
+                here = (start..end).contains(&address);
+            } else if let (true, Some(flags)) = (here, line.strip_prefix("VmFlags:")) {
+                return flags.split_whitespace().map(str::to_owned).collect();
+            }
+        }
+        panic!("nothing is mapped at {address:#x}");
+    }
+
+    #[test]
+    fn the_kernel_does_not_fill_what_was_given_back_of_a_huge_page() {
+        let Ok(blocks) = Blocks::reserve(2048, PageKind::Transparent, None) else {
+            eprintln!("skipped: this kernel has no transparent huge pages");
+            return;
+        };
+        blocks.fill(1, &[1; BLOCK]);
+        blocks.fill(3, &[3; BLOCK]);
+        let at = |frame: usize| flags_at(blocks.addresses().start + frame * BLOCK);
+        let has = |frame, flag: &str| at(frame).iter().any(|one| one == flag);
+        assert!(has(0, "hg") && has(600, "hg"));
+        blocks.give_back(2..4);
+        assert!(has(0, "nh") && has(511, "nh") && has(512, "hg"));
+        assert!(blocks.with(1, |frame| frame == &[1; BLOCK]) && blocks.with(3, |frame| frame == &[0; BLOCK]));
+        // across two
+        blocks.give_back(1535..1537);
+        assert!(has(512, "hg") && has(1024, "nh") && has(2047, "nh"));
+        // a whole one
+        blocks.give_back(0..512);
+        assert!(has(0, "hg") && has(511, "hg") && has(1024, "nh"));
     }
 
     #[test]

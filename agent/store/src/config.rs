@@ -12,7 +12,8 @@ pub enum Pages {
     Auto,
     /// 4 KiB: every freed frame can go back to the machine.
     Small,
-    /// Transparent huge pages (2 MiB): faster to fill and to read; memory goes back in whole 2 MiB only.
+    /// Transparent huge pages (2 MiB): faster to fill and to read; memory goes back in whole 2 MiB at
+    /// once, and in parts by [`Store::give_back`](crate::Store::give_back) or when it is needed elsewhere.
     Transparent,
     /// hugetlb pages, reserved at once: opening fails when the machine has not set enough of them aside.
     Huge,

@@ -58,6 +58,9 @@ pub(crate) const BESIDE_FRAME: u64 = 8;
 /// Free frames up to this many stay ours, so that a store that frees and fills does not go to the kernel (128 MiB).
 const KEEP_FRAMES: usize = 32_768;
 
+/// Free frames in huge pages that are otherwise in use go back so many at a time (4 MiB, a few milliseconds).
+const MOST_CUT: usize = 1024;
+
 /// Counts one more, for somebody who holds a reference or the lock under which the count may reach zero. `mask` are the
 /// bits that count.
 pub(crate) fn count_up(references: &AtomicU32, mask: u32, sticky: u32) {
@@ -211,10 +214,20 @@ impl Engine {
         }
     }
 
-    /// Gives all free memory back to the machine: what one pool keeps may be what another one needs.
+    /// Gives free memory back to the machine: what one pool keeps may be what another one needs.
     pub(crate) fn reclaim(&self) {
         self.purge_frames(0);
         self.purge_nodes(0);
+        self.cut_frames(0);
+    }
+
+    /// Gives memory of free frames among used ones back to the machine, some at a time, until `keep` are left. How many.
+    pub(crate) fn cut_frames(&self, keep: usize) -> usize {
+        if self.pages != PageKind::Transparent {
+            // small pages go back one by one anyway, and those of hugetlbfs never in part
+            return 0;
+        }
+        self.frames.pool.cut(keep, MOST_CUT, &self.budget, |run| self.frames.blocks.give_back(run))
     }
 
     fn purge_frames(&self, keep: usize) {

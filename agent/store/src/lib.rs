@@ -77,7 +77,8 @@
 //!
 //! # What it does not do
 //! Durability (a journal's and the backup's): memory that outlives the process does not outlive the machine. Naming and
-//! counting of exports (the agent's), reading image formats (the repository's), deciding when to scrub (no threads).
+//! counting of exports (the agent's), reading image formats (the repository's), deciding when to scrub and when to give back
+//! huge pages that are free in part (no threads).
 
 #[cfg(all(feature = "shuttle", not(test)))]
 compile_error!("the feature shuttle is for one test: cargo test -p muster-store --features shuttle --lib schedules");

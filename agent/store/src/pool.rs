@@ -4,7 +4,8 @@
 //! whose memory is still ours before the ones whose memory went back to the machine, before new ones. Each thread slot
 //! has a small cache, so that most calls touch no shared line. Memory is taken and given back in granules: the numbers
 //! that share one page of the machine. A [`Budget`] is charged for a granule when it is taken and credited when it goes
-//! back; what a freed number still occupies stays charged, because the machine does not have it.
+//! back; what a freed number still occupies stays charged, because the machine does not have it. Where the free numbers are
+//! strewn among used ones no granule is free: [`Pool::cut`] gives their memory back number by number, where that can be done.
 //!
 //! Which numbers are free is known in this process only: [`Pool::adopt`] finds it out again from who is referred to. What
 //! cannot be found out lies in [`Words`] that may outlive the process: how far numbers were dealt (word 0), and a bit for
@@ -267,32 +268,96 @@ impl Pool {
             }
         }
         let granule = self.unit.granule;
-        let mut free: Vec<u32> = {
+        // with whether its memory is ours
+        let mut free: Vec<(u32, bool)> = {
             let mut central = self.central.lock();
             let spare = central.kept.len().saturating_sub(keep);
-            if spare < granule as usize {
+            if spare == 0 || spare + central.hollow.len() < granule as usize {
                 return;
             }
             // one by one the oldest go; larger granules are only found among all
-            if granule == 1 { central.kept.drain(..spare).collect() } else { std::mem::take(&mut central.kept) }
+            let some = if granule == 1 { spare } else { central.kept.len() };
+            let kept = central.kept.drain(..some).map(|number| (number, true)).collect::<Vec<_>>();
+            let hollow = if granule == 1 { Vec::new() } else { std::mem::take(&mut central.hollow) };
+            kept.into_iter().chain(hollow.into_iter().map(|number| (number, false))).collect()
         };
         free.sort_unstable();
-        let (mut whole, mut rest) = (Vec::new(), Vec::new());
-        for group in free.chunk_by(|a, b| a / granule == b / granule) {
-            if group.len() == granule as usize { whole.push(group[0]) } else { rest.extend_from_slice(group) }
+        let (mut whole, mut rest, mut hollow, mut credit) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for group in free.chunk_by(|a, b| a.0 / granule == b.0 / granule) {
+            let ours = group.iter().filter(|(_, ours)| *ours);
+            if group.len() == granule as usize {
+                whole.push(group[0].0);
+                credit += ours.count() as u64;
+            } else {
+                rest.extend(ours.map(|(number, _)| *number));
+                hollow.extend(group.iter().filter(|(_, ours)| !ours).map(|(number, _)| *number));
+            }
         }
         for run in whole.chunk_by(|a, b| a + granule == *b) {
             let run = run[0]..run[run.len() - 1] + granule;
             give_back(run.clone());
             self.set_lent(run, false);
         }
-        budget.credit(whole.len() as u64 * u64::from(granule) * self.unit.bytes);
+        budget.credit(credit * self.unit.bytes);
         let mut central = self.central.lock();
         central.returned.append(&mut whole);
+        central.hollow.append(&mut hollow);
         rest.reverse();
         central.kept.append(&mut rest);
         // a quarter more before the next search, so that fruitless ones stay rare
         central.purge_above = self.unit.keep.max(central.kept.len() / 4 * 5);
+    }
+
+    /// Gives memory of free numbers back to the machine, also out of granules that are in use otherwise: those with the most
+    /// free ones first, until no more than `keep` stay or `most` (or a granule more) went back. How many did. `give_back` is
+    /// called with runs of numbers nobody else can reach, and must be able to give back parts of a granule.
+    pub(crate) fn cut(&self, keep: usize, most: usize, budget: &Budget, give_back: impl Fn(Range<u32>)) -> usize {
+        let granule = self.unit.granule;
+        // a copy, so that nobody waits while it is counted
+        let kept = {
+            let central = self.central.lock();
+            if central.kept.len() <= keep {
+                return 0;
+            }
+            central.kept.clone()
+        };
+        let wanted = (kept.len() - keep).min(most);
+        let mut free = vec![0u32; (self.capacity / granule) as usize + 1];
+        kept.iter().for_each(|number| free[(number / granule) as usize] += 1);
+        let mut order: Vec<usize> = (0..free.len()).filter(|&granule| free[granule] > 0).collect();
+        order.sort_unstable_by_key(|&granule| std::cmp::Reverse(free[granule]));
+        let mut chosen = vec![false; free.len()];
+        let mut sum = 0;
+        for granule in order {
+            if sum >= wanted {
+                break;
+            }
+            chosen[granule] = true;
+            sum += free[granule] as usize;
+        }
+        // whoever took some of them meanwhile has them
+        let mut cut: Vec<u32> = {
+            let mut central = self.central.lock();
+            central.kept.extract_if(.., |number| chosen[(*number / granule) as usize]).collect()
+        };
+        cut.sort_unstable();
+        let (mut whole, mut hollow) = (Vec::new(), Vec::new());
+        for group in cut.chunk_by(|a, b| a / granule == b / granule) {
+            for run in group.chunk_by(|a, b| a + 1 == *b) {
+                give_back(run[0]..run[run.len() - 1] + 1);
+            }
+            if group.len() == granule as usize {
+                self.set_lent(group[0]..group[0] + granule, false);
+                whole.push(group[0]);
+            } else {
+                hollow.extend_from_slice(group);
+            }
+        }
+        budget.credit(cut.len() as u64 * self.unit.bytes);
+        let mut central = self.central.lock();
+        central.returned.append(&mut whole);
+        central.hollow.append(&mut hollow);
+        cut.len()
     }
 
     /// Numbers that are taken from the machine together.
@@ -361,14 +426,15 @@ mod tests {
             granule in prop::sample::select(vec![1u32, 16]),
             keep in 0..100usize,
             limit in 0..1200u64,
-            steps in prop::collection::vec((0..9u8, any::<u16>()), 1..200),
+            steps in prop::collection::vec((0..10u8, any::<u16>()), 1..200),
         ) {
             let (pool, budget) = (pool(granule, keep), Budget::new(limit * 110));
             let mut held = BTreeSet::new();
             for (step, n) in steps {
-                let purge = |keep, held: &BTreeSet<u32>| pool.purge(keep, &budget, |run| {
+                let give_back = |held: &BTreeSet<u32>, run| {
                     assert!(held.range(run).next().is_none(), "what is held went back");
-                });
+                };
+                let purge = |keep, held: &BTreeSet<u32>| pool.purge(keep, &budget, |run| give_back(held, run));
                 match step {
                     0..4 => for _ in 0..n % 100 {
                         let Some(number) = pool.take(&budget) else { break };
@@ -386,7 +452,14 @@ mod tests {
                         budget.credit(100);
                         pool.put_hollow(number);
                     },
-                    _ => purge(usize::from(n) % 50, &held),
+                    8 => purge(usize::from(n) % 50, &held),
+                    _ => {
+                        let (before, keep) = (pool.stats(), usize::from(n) % 50);
+                        let most = usize::from(n / 50 % 50);
+                        let cut = pool.cut(keep, most, &budget, |run| give_back(&held, run));
+                        prop_assert!(cut <= most + granule as usize);
+                        prop_assert_eq!(before.kept - pool.stats().kept, cut as u64);
+                    }
                 }
                 prop_assert!(budget.charged() <= budget.limit());
                 check(&pool, &budget, &held);
@@ -448,6 +521,38 @@ mod tests {
         let again: HashSet<u32> = (0..511).map(|_| pool.take(&budget).unwrap()).collect();
         assert!(!again.contains(&40));
         assert_eq!(again.len(), 511);
+    }
+
+    #[test]
+    fn a_cut_returns_the_free_ones_among_used_ones_and_a_granule_of_them_is_whole_again() {
+        let (pool, budget) = (pool(16, 100), Budget::new(u64::MAX));
+        let all: Vec<u32> = (0..511).map(|_| pool.take(&budget).unwrap()).collect();
+        let stays = |number: &u32| number % 16 == 3 || *number < 256 && number.is_multiple_of(2);
+        let (stay, go): (Vec<u32>, Vec<u32>) = all.into_iter().partition(stays);
+        for &number in &go {
+            let _ = pool.put(number);
+        }
+        // what waits in caches is out of reach of a cut
+        pool.purge(0, &budget, |_| panic!("no granule is free"));
+        let before = budget.charged();
+        assert_eq!(pool.stats().kept, go.len() as u64);
+        let returned = RefCell::new(Vec::new());
+        let first = pool.cut(0, 16, &budget, |run| returned.borrow_mut().extend(run));
+        assert!((16..32).contains(&first) && returned.borrow().len() == first);
+        assert!(returned.borrow().iter().all(|number| *number >= 256), "the emptiest go first");
+        let second = pool.cut(100, usize::MAX, &budget, |run| returned.borrow_mut().extend(run));
+        assert!((84..=100).contains(&pool.stats().kept) && first + second + pool.stats().kept as usize == go.len());
+        assert_eq!(before - budget.charged(), (first + second) as u64 * 100);
+        let returned = returned.into_inner();
+        assert!(returned.iter().all(|number| go.contains(number)) && returned.len() == first + second);
+        // nobody uses them any more: as whole as ever
+        for &number in &stay {
+            let _ = pool.put(number);
+        }
+        pool.purge(0, &budget, |_| {});
+        assert_eq!((pool.stats().used, pool.stats().kept), (0, pool.stats().resident));
+        let hollow = pool.central.lock().hollow.len() as u64;
+        assert_eq!(hollow + pool.stats().kept, 15, "all but the granule that 0 belongs to");
     }
 
     #[test]

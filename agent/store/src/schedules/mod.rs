@@ -438,6 +438,7 @@ fn a_number_is_in_one_hand_at_a_time_while_free_ones_go_back() {
                             pool.purge(pool.keep() / 2, budget, give_back);
                         }
                     }
+                    pool.cut(1, 3, budget, give_back);
                 });
             }
         });
