@@ -35,9 +35,6 @@ pub(crate) const HUGE: usize = 2 << 20;
 /// What the tables beside frames come in.
 const SMALL: usize = 4096;
 
-/// Cache lines of a frame that are asked for before they are read; the processor then goes on by itself.
-const PREFETCHED: usize = 8;
-
 /// Asks the processor to bring the cache line at an address near. A hint: whatever the address, nothing else happens.
 #[inline]
 pub(crate) fn prefetch(address: usize) {
@@ -255,11 +252,11 @@ impl Blocks {
         look(unsafe { &*self.frame(frame).cast::<[u8; BLOCK]>() })
     }
 
-    /// Asks for the front of a frame, which the processor does not see coming behind the frame before.
+    /// Asks for the first bytes of a frame and the translation of its address, which the processor does not see coming
+    /// behind the frame before. More than the first cache line is in the way of the copy.
     #[inline]
     pub(crate) fn prefetch(&self, frame: u32) {
-        let at = self.0.base.as_ptr().addr().wrapping_add(frame as usize * BLOCK);
-        (0..PREFETCHED).for_each(|line| prefetch(at.wrapping_add(line * 64)));
+        prefetch(self.0.base.as_ptr().addr().wrapping_add(frame as usize * BLOCK));
     }
 
     /// Shows the bytes of a frame and of those behind it, `frames` in all, which the caller keeps alive.

@@ -71,7 +71,8 @@ impl Engine {
                 let run = (1..most).find(|&run| entries[at + run].load(Relaxed) != next(run)).unwrap_or(most);
                 let piece = ((end - done) as usize).min(run * BLOCK - from);
                 if done + (piece as u64) < end {
-                    self.frames.blocks.prefetch(entries[at + run].load(Relaxed));
+                    let soon = entries[at + run..].iter().take(2);
+                    soon.for_each(|entry| self.frames.blocks.prefetch(entry.load(Relaxed)));
                 }
                 if frame == 0 {
                     sink(done, &ZEROES[..piece]);
