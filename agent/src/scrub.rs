@@ -6,7 +6,8 @@
 //! (whoever reads it gets an error, no wrong bytes) and looked for by [`repair`](crate::repair). One that nobody has is
 //! looked for again, after 10 s and ever more rarely, for as long as somebody refers to it.
 //!
-//! Each finding is told once: event `block-repaired` or `block-damaged`.
+//! Each finding is told once: event `block-repaired` or `block-damaged`. With very many that nobody has, only how many more
+//! there are is told, when that has changed.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering::Relaxed},
@@ -44,7 +45,8 @@ const FASTEST: u64 = 32 << 20;
 const RATED_FOR: Duration = Duration::from_secs(60);
 const FIRST_RETRY: Duration = Duration::from_secs(10);
 const LONGEST_RETRY: Duration = Duration::from_secs(600);
-/// Damaged blocks that are looked for again. With more, the machine's memory is the trouble.
+/// Damaged blocks that are known one by one and looked for again. With more, the machine's memory is the trouble: the others
+/// are looked for when a pass comes by, and only counted.
 const MOST_KNOWN: usize = 1000;
 /// Places that an event names.
 const NAMED: usize = 3;
@@ -126,6 +128,49 @@ impl Retry {
     }
 }
 
+/// Damaged blocks that nobody has, beyond the known ones. Each pass finds them anew; which they are is not kept.
+#[derive(Debug, Default)]
+struct Beyond {
+    /// As many were told of and counted.
+    told: u64,
+    /// Found by the pass so far.
+    found: u64,
+}
+
+impl Beyond {
+    /// More were found. Returns what is to be told: at once when there were none before, for a pass can take a day.
+    fn add(&mut self, blocks: u64) -> Option<Change> {
+        self.found += blocks;
+        if self.told == 0 { self.change() } else { None }
+    }
+
+    /// As many have become known or were repaired. Returns how many of them were not counted before.
+    fn leave(&mut self, blocks: u64) -> u64 {
+        let counted = blocks.min(self.told);
+        self.told -= counted;
+        blocks - counted
+    }
+
+    /// Returns what is to be told.
+    fn pass_is_over(&mut self) -> Option<Change> {
+        let change = self.change();
+        self.found = 0;
+        change
+    }
+
+    fn change(&mut self) -> Option<Change> {
+        let from = std::mem::replace(&mut self.told, self.found);
+        (from != self.found).then_some(Change { from, to: self.found })
+    }
+}
+
+/// There are other numbers of such blocks than before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Change {
+    from: u64,
+    to: u64,
+}
+
 /// The thread.
 pub fn run(host: &Host, runtime: &Handle, stop: &CancellationToken) {
     // on Linux this is the thread's, not the process's
@@ -142,6 +187,7 @@ pub fn run(host: &Host, runtime: &Handle, stop: &CancellationToken) {
         rate: (0, None),
         next_pass: now,
         known: Vec::new(),
+        beyond: Beyond::default(),
         retry: Retry { at: now, pause: FIRST_RETRY },
     };
     let mut last = now;
@@ -175,6 +221,7 @@ struct Scrub<'a> {
     next_pass: Instant,
     /// Damaged, told, and not repaired.
     known: Vec<Damage>,
+    beyond: Beyond,
     retry: Retry,
 }
 
@@ -201,6 +248,8 @@ impl Scrub<'_> {
             if self.from == 0 {
                 let passes = counters.passes.fetch_add(1, Relaxed) + 1;
                 tracing::debug!(passes, damaged = store.stats().damaged_blocks, "looked through the whole store");
+                let change = self.beyond.pass_is_over();
+                self.tell_beyond(change);
                 return;
             }
         }
@@ -214,17 +263,22 @@ impl Scrub<'_> {
         if new.is_empty() {
             return;
         }
-        self.host.scrub.damaged.fetch_add(new.len() as u64, Relaxed);
-        let missing = self.look_for(new);
-        if missing.is_empty() {
-            return;
-        }
-        self.tell(&missing, None);
-        if self.known.is_empty() {
-            self.retry.begin(now);
-        }
+        let found = new.len();
+        let mut missing = self.look_for(new);
         let room = MOST_KNOWN.saturating_sub(self.known.len());
-        self.known.extend(missing.into_iter().take(room));
+        let beyond = missing.len().saturating_sub(room);
+        missing.truncate(room);
+        let counted = self.beyond.leave((found - beyond) as u64);
+        self.host.scrub.damaged.fetch_add(counted, Relaxed);
+        if !missing.is_empty() {
+            self.tell(&missing, None);
+            if self.known.is_empty() {
+                self.retry.begin(now);
+            }
+            self.known.append(&mut missing);
+        }
+        let change = self.beyond.add(beyond as u64);
+        self.tell_beyond(change);
     }
 
     /// The ones nobody had, when it is time.
@@ -286,6 +340,22 @@ impl Scrub<'_> {
         };
         tracing::warn!(kind, blocks = damaged.len(), places = places_text, "the scrub found damage in memory");
         self.host.voice.event(severity, kind, text, about);
+    }
+
+    /// Only how many: their places would fill the log.
+    fn tell_beyond(&self, change: Option<Change>) {
+        let Some(Change { from, to }) = change else { return };
+        self.host.scrub.damaged.fetch_add(to.saturating_sub(from), Relaxed);
+        if to == 0 {
+            tracing::info!("all damage in memory that nobody can repair is known by its places again");
+            return;
+        }
+        tracing::warn!(kind = "block-damaged", blocks = to, "more damage in memory than is told by its places");
+        let text = format!(
+            "besides the {MOST_KNOWN} blocks told of before, {to} more of 4 KiB changed in memory and neither the image \
+             repository nor a backup of this host has what was there. Test the machine's memory"
+        );
+        self.host.voice.event(Severity::Error, "block-damaged", text, About::default());
     }
 
     fn places(&self, places: &[Place], entries: &[Entry]) -> String {
@@ -354,6 +424,28 @@ mod tests {
         assert_eq!(rate(None, ByteLen::ZERO), SLOWEST);
         assert_eq!(rate(None, ByteLen::gib(1 << 20)), FASTEST);
         assert_eq!(rate(Some(ByteLen::mib(1)), ByteLen::gib(64)), 1 << 20);
+    }
+
+    #[test]
+    fn damage_beyond_the_known_is_told_as_a_number_when_it_changes() {
+        let change = |from, to| Some(Change { from, to });
+        let mut beyond = Beyond::default();
+        assert_eq!((beyond.add(0), beyond.pass_is_over()), (None, None));
+        assert_eq!(beyond.add(24), change(0, 24), "a pass can take a day");
+        assert_eq!((beyond.add(256), beyond.pass_is_over()), (None, change(24, 280)));
+        for _ in 0..3 {
+            assert_eq!((beyond.add(100), beyond.add(180), beyond.pass_is_over()), (None, None, None));
+        }
+        // overwritten
+        assert_eq!((beyond.add(200), beyond.pass_is_over()), (None, change(280, 200)));
+        // there was room among the known for 50, which were counted
+        assert_eq!(beyond.leave(50), 0);
+        assert_eq!((beyond.add(150), beyond.pass_is_over()), (None, None));
+        // for the others and 10 new ones
+        assert_eq!(beyond.leave(160), 10);
+        assert_eq!((beyond.add(0), beyond.pass_is_over()), (None, None));
+        assert_eq!(beyond.add(1), change(0, 1));
+        assert_eq!((beyond.pass_is_over(), beyond.pass_is_over()), (None, change(1, 0)));
     }
 
     #[test]

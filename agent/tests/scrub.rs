@@ -36,6 +36,10 @@ struct World {
 
 /// A VM with a system disk of 4 MiB that is a clone of an image, and a data disk of 1 MiB.
 async fn world(seed: u64) -> World {
+    world_with(seed, 1).await
+}
+
+async fn world_with(seed: u64, data_mib: u64) -> World {
     let memory = tempfile::Builder::new().prefix("ma").tempdir_in("/dev/shm").unwrap();
     let (network, depot, place) = (network(seed), Depot::start().await, Place::new(seed));
     let mut config = place.config();
@@ -47,7 +51,7 @@ async fn world(seed: u64) -> World {
     controller.beat(vec![]);
     let image = depot.import(image_bytes(4, 2));
     let vm = vm_on(&agent, "desk");
-    let template = template(&image, Some(1));
+    let template = template(&image, Some(data_mib));
     controller.done(Verb::Create, std::slice::from_ref(&vm), &[("template", &template)]).await;
     World { network, depot, place, config, agent, controller, vm, _memory: memory }
 }
@@ -59,16 +63,21 @@ impl World {
 
     /// Flips a bit wherever this block lies in memory.
     fn damage(&self, block: &[u8; BLOCK]) {
+        assert!(self.damage_each(|found| found == block) > 0, "the block is not in memory");
+    }
+
+    /// Flips a bit in each such block; how many there were.
+    fn damage_each(&self, is_one: impl Fn(&[u8]) -> bool) -> usize {
         let file = std::fs::File::options().read(true).write(true).open(self.frames()).unwrap();
         let (mut piece, mut flipped) = (vec![0; MIB as usize], 0);
         for at in (0..file.metadata().unwrap().len()).step_by(MIB as usize) {
             let len = file.read_at(&mut piece, at).unwrap();
-            for (n, _) in piece[..len].chunks_exact(BLOCK).enumerate().filter(|(_, found)| *found == block) {
+            for (n, block) in piece[..len].chunks_exact(BLOCK).enumerate().filter(|(_, found)| is_one(found)) {
                 file.write_all_at(&[block[1234] ^ 4], at + (n * BLOCK) as u64 + 1234).unwrap();
                 flipped += 1;
             }
         }
-        assert!(flipped > 0, "the block is not in memory");
+        flipped
     }
 
     fn volume(&self, size: u64) -> Arc<Volume> {
@@ -168,6 +177,45 @@ async fn a_flipped_bit_of_a_block_of_ones_own_is_repaired_from_a_backup_or_told(
     assert_eq!(read(&data, 4), Ok(new), "it is whole again when it is written anew");
     assert_eq!(w.status().await["damaged_blocks"], 0);
     assert!(w.agent.store().audit().is_exact());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_beyond_what_is_known_one_by_one_is_told_as_a_number_and_once() {
+    const BLOCKS: usize = 1280;
+    let mut w = world_with(84, 5).await;
+    let data = w.volume(5 * MIB);
+    let of_disk = |n: usize| {
+        let mut block = [7; BLOCK];
+        block[..8].copy_from_slice(&n.to_le_bytes());
+        block
+    };
+    for n in 0..BLOCKS {
+        data.write_at((n * BLOCK) as u64, &of_disk(n), WriteFlags::default()).unwrap();
+    }
+    assert_eq!(w.damage_each(|block| block[8..] == [7; BLOCK - 8]), BLOCKS);
+    while !w.told("block-damaged").await.message.contains(" 280 more of 4 KiB") {}
+    let passes = |status: &serde_json::Value| status["scrub"]["passes"].as_u64().unwrap();
+    let told_at = passes(&w.status().await);
+    // each of which finds all of them
+    while passes(&w.status().await) < told_at + 2 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let status = w.status().await;
+    assert_eq!(
+        (&status["damaged_blocks"], &status["scrub"]["damaged"]),
+        (&BLOCKS.into(), &BLOCKS.into()),
+        "{status:#}"
+    );
+    let more: Vec<String> = std::iter::from_fn(|| w.controller.events.try_recv())
+        .filter_map(|sample| sample.value())
+        .filter(|event| event.kind == "block-damaged")
+        .map(|event| event.message)
+        .collect();
+    assert_eq!(more, [""; 0]);
+    for n in 0..BLOCKS {
+        data.write_at((n * BLOCK) as u64, &of_disk(n), WriteFlags::default()).unwrap();
+    }
+    assert_eq!(w.status().await["damaged_blocks"], 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

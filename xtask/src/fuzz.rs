@@ -96,14 +96,22 @@ enum Build<'a> {
     Skipped(String),
 }
 
-fn build(context: &Context) -> Result<Build<'_>> {
+/// Said when there is none.
+pub const NO_SANITIZER: &str = "this compiler has no AddressSanitizer for this machine";
+
+/// The name of this machine's target, when the compiler has AddressSanitizer for it.
+pub fn sanitizer(context: &Context) -> Result<Option<String>> {
     let rustc = || context.command(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
     let version = rustc().arg("-vV").read()?;
     let triple = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc does not say its host")?;
     let libraries = rustc().args(["--print", "target-libdir"]).read()?;
-    if !has_sanitizer(Path::new(libraries.trim())) {
-        return Ok(Build::Skipped(format!("this compiler has no AddressSanitizer for {triple}")));
-    }
+    Ok(has_sanitizer(Path::new(libraries.trim())).then(|| triple.to_owned()))
+}
+
+fn build(context: &Context) -> Result<Build<'_>> {
+    let Some(triple) = sanitizer(context)? else {
+        return Ok(Build::Skipped(NO_SANITIZER.into()));
+    };
     if !context.command("c++").arg("--version").succeeds() {
         return Ok(Build::Skipped("no C++ compiler, and libFuzzer is C++: install g++, or `cargo xtask setup`".into()));
     }
@@ -112,7 +120,7 @@ fn build(context: &Context) -> Result<Build<'_>> {
         context
             .cargo()
             // not --locked: the lock file follows that of the project by itself
-            .args(["build", "--release", "--bins", "--target", triple, "--manifest-path"])
+            .args(["build", "--release", "--bins", "--target", &triple, "--manifest-path"])
             .arg(context.root.join("tests/fuzz/Cargo.toml"))
             .arg("--target-dir")
             .arg(&dir)

@@ -12,6 +12,7 @@ mod fuzz;
 mod guest;
 mod python_idl;
 mod run;
+mod sanitize;
 mod setup;
 mod test;
 
@@ -33,6 +34,7 @@ usage: cargo xtask [--verbose] VERB
                      look for inputs that break a parser, N seconds (60) for each: nbd_session virtqueue qcow2
   fuzz --keep [TARGET…]
                      add what such runs found, made small, to the committed corpus
+  sanitize [FILTER…] the tests of the store and the export with AddressSanitizer
   python-types       write examples/python/muster_v1.py from the IDL
   bench [FILTER…]    the benches
   demo [--no-build]  a controller and three hosts on this machine run the main job; the fleet stays up
@@ -81,6 +83,7 @@ fn dispatch(verbose: bool, words: &[String]) -> Result<()> {
             setup::for_fuzzing(&context)?;
             fuzz::run(&context, words)
         }
+        ("sanitize", filters) => sanitize::run(&context("sanitize")?, filters),
         ("python-types", []) => python_types(&context("python-types")?),
         ("demo", []) => demo::up(&context("demo")?, true),
         ("demo", ["--no-build"]) => demo::up(&context("demo")?, false),

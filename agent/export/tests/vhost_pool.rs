@@ -3,6 +3,9 @@
 
 mod frontend;
 
+use std::io::{IoSlice, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -14,6 +17,9 @@ use muster_common::ByteLen;
 use muster_export::Registry;
 use muster_export::vhost::{VhostConfig, VhostServer};
 use parking_lot::{Condvar, Mutex};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use vhost::VhostBackend;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 /// Nothing takes so long.
 const LONG: Duration = Duration::from_secs(30);
@@ -247,5 +253,103 @@ fn disks_that_rest_wake_up_at_a_kick_again_and_again() {
     let after: Vec<u64> = clients.iter().map(|client| client.queues[0].lock().kicks).collect();
     assert!(before.iter().zip(&after).all(|(before, after)| after > before), "{before:?} {after:?}: all rested");
     drop(clients);
+    hall.server.stop();
+}
+
+/// A size is demanded of a queue before its kick.
+const SET_VRING_NUM: u32 = 8;
+/// What a queue's descriptors are handed over by: kick, call and error.
+const SET_VRING_FDS: [u32; 3] = [12, 13, 14];
+
+/// Hands over a descriptor of the first queue, and asks for the features; whether there was an answer to that.
+fn is_taken(stream: &mut UnixStream, message: u32, fd: BorrowedFd<'_>) -> bool {
+    let words = |words: &[u32]| -> Vec<u8> { words.iter().flat_map(|word| word.to_ne_bytes()).collect() };
+    stream.write_all(&words(&[SET_VRING_NUM, 1, 8, 0, 128])).unwrap();
+    let bytes = words(&[message, 1, 8, 0, 0]);
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds = [fd];
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(&*stream, &[IoSlice::new(&bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+    // refused: it may be gone before it is asked
+    let _ = stream.write_all(&words(&[1, 1, 0]));
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    match stream.read_exact(&mut [0; 20]) {
+        Ok(()) => true,
+        Err(error) => {
+            assert_ne!(error.kind(), std::io::ErrorKind::WouldBlock, "neither an answer nor an end");
+            false
+        }
+    }
+}
+
+#[test]
+fn a_frontend_whose_descriptors_could_hold_a_thread_is_turned_away() {
+    let hall = Hall::new(1);
+    let other = [hall.connect("other.1", memory(), Options::default())];
+    hall.registry.add("taken.1", memory()).unwrap();
+    let path = hall.server.serve("taken.1").unwrap();
+    let (reader, pipe) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&pipe, true).unwrap();
+    // full: a write that waits would do so until the end of this test
+    while rustix::io::write(&pipe, &[0; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&pipe, false).unwrap();
+    let (socket, end) = UnixStream::pair().unwrap();
+    let eventfd = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    for message in SET_VRING_FDS {
+        for fd in [pipe.as_fd(), reader.as_fd(), socket.as_fd()] {
+            let mut stream = UnixStream::connect(&path).unwrap();
+            assert!(!is_taken(&mut stream, message, fd), "message {message}");
+        }
+        let mut stream = UnixStream::connect(&path).unwrap();
+        assert!(is_taken(&mut stream, message, eventfd.as_fd()), "message {message}");
+        work(&other, 4);
+    }
+    assert_eq!(rustix::io::ioctl_fionread(&end).unwrap(), 0, "nothing was written to it");
+    // whoever comes next is served
+    let next = Client::connect(&path, Options::default());
+    assert_eq!(next.queues[0].lock().write(0, &[1; 512]), OK);
+    drop((next, other));
+    hall.server.stop();
+}
+
+/// Lets who waits to write go on, also when the test fails.
+struct Emptied(EventFd);
+
+impl Drop for Emptied {
+    fn drop(&mut self) {
+        let _ = self.0.read();
+    }
+}
+
+#[test]
+fn a_driver_that_never_looks_at_its_calls_holds_nobody() {
+    let hall = Hall::new(1);
+    let others = [hall.connect("other.1", memory(), Options::default())];
+    let full = hall.connect("full.1", memory(), Options::default());
+    // one that waits when it is full, and is
+    let call = EventFd::new(EFD_CLOEXEC).unwrap();
+    let emptied = Emptied(call.try_clone().unwrap());
+    full.frontend.set_vring_call(0, &call).unwrap();
+    full.frontend.set_vring_err(0, &call).unwrap();
+    assert_eq!(call.read().unwrap(), 1, "told once when it is handed over");
+    call.write(u64::MAX - 1).unwrap();
+    let queue = Arc::clone(&full.queues[0]);
+    for sector in 0..100 {
+        {
+            let mut queue = queue.lock();
+            queue.polls = true;
+            queue.want_call(true);
+            assert_eq!(queue.write(sector, &[sector as u8; 512]), OK);
+        }
+        work(&others, 1);
+    }
+    // stopped with a word to the error's descriptor, which is full, too
+    let mut queue = queue.lock();
+    queue.offer(u16::MAX);
+    queue.publish();
+    work(&others, 20);
+    assert_eq!(emptied.0.read().unwrap(), u64::MAX - 1);
+    drop((queue, emptied, full, others));
     hall.server.stop();
 }

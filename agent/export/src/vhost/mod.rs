@@ -2,8 +2,9 @@
 //! out of it, without a system call on either side while both are busy.
 //!
 //! [`VhostServer`] serves exports of a catalog, each on a unix socket of its own; QEMU connects to it with a
-//! `vhost-user-blk` device. Below it: `session` (one connection: messages, memory, descriptors), `pool` (threads and
-//! polling), `queue` (requests), and without I/O `ring` (virtqueues), `request` (virtio-blk), `memory`, `inflight`.
+//! `vhost-user-blk` device. Below it: `session` (one connection: messages, memory, descriptors), `event` (the descriptors),
+//! `pool` (threads and polling), `queue` (requests), and without I/O `ring` (virtqueues), `request` (virtio-blk), `memory`,
+//! `inflight`.
 //!
 //! Invariants:
 //! 1. Every byte a guest can change is read once, into memory of ours, and checked before anything is decided on it. A
@@ -25,8 +26,10 @@
 //! the session takes to change it; no other is taken under it but the export's limits.
 //!
 //! Who can hold others up: a request is bounded (32 MiB of data, 16 ranges of 4 GiB to discard) and occupies one of the
-//! threads while it is done. A frontend, that is a QEMU that was taken over, could clear the non-blocking flag of a descriptor
-//! it shares with us and hold the threads that call it; a guest cannot.
+//! threads while it is done. What a frontend has us write to is an eventfd that does not wait, or the frontend is turned
+//! away. A frontend, that is a QEMU that was taken over, could still clear the non-blocking flag of an eventfd it shares
+//! with us, fill it and hold the threads that call it: the kernel has no write to an eventfd that never waits. A guest
+//! cannot.
 //!
 //! Deliberately not here: packed rings, live migration of a connected frontend (logged writes), requests of one queue
 //! done at the same time.
@@ -36,6 +39,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+mod event;
 mod fuzz;
 mod inflight;
 mod log;

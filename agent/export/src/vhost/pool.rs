@@ -30,6 +30,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 
 use super::Names;
+use super::event::Event;
 use super::queue::{Armed, Queue, Step};
 use crate::registry::{Export, panic_text};
 
@@ -220,25 +221,17 @@ impl Pool {
         result
     }
 
-    /// Changes where the driver kicks. What cannot be waited for is looked at from time to time.
-    pub(crate) fn set_kick(&self, slot: &Arc<Slot>, kick: Option<OwnedFd>) -> std::io::Result<()> {
+    /// Changes where the driver kicks. A queue without such a place is looked at from time to time.
+    pub(crate) fn set_kick(&self, slot: &Arc<Slot>, kick: Option<Event>) -> std::io::Result<()> {
         self.unwatch(slot);
-        let kick = match kick {
-            Some(kick) => {
-                let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-                self.shared.slots.lock().watched.insert(slot.key, Arc::clone(slot));
-                match epoll::add(&self.shared.events, &kick, epoll::EventData::new_u64(slot.key), flags) {
-                    Ok(()) => Some(kick),
-                    // no descriptor that says when it can be read
-                    Err(rustix::io::Errno::PERM) => None,
-                    Err(error) => {
-                        self.shared.slots.lock().watched.remove(&slot.key);
-                        return Err(error.into());
-                    }
-                }
+        if let Some(kick) = &kick {
+            let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+            self.shared.slots.lock().watched.insert(slot.key, Arc::clone(slot));
+            if let Err(error) = epoll::add(&self.shared.events, kick, epoll::EventData::new_u64(slot.key), flags) {
+                self.shared.slots.lock().watched.remove(&slot.key);
+                return Err(error.into());
             }
-            None => None,
-        };
+        }
         self.change(slot, |queue| queue.kick = kick);
         Ok(())
     }
@@ -263,7 +256,7 @@ impl Pool {
                 // It lives on in the frontend, so closing ours would not take it out. Nobody counts kicks here, but who
                 // has it next may ask whether there was one.
                 let _ = epoll::delete(&self.shared.events, &kick);
-                let _ = rustix::io::read(&kick, &mut [0; 8]);
+                kick.clear();
             }
         });
         self.shared.slots.lock().watched.remove(&slot.key);

@@ -12,13 +12,13 @@
 //! limits, stays where it is: not taken, nothing kept but a number. That is what makes stopping at any time safe.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use muster_block::{WriteFlags, ZeroFlags};
 
+use super::event::Event;
 use super::inflight::QueueRecord;
 use super::log::Log;
 use super::memory::{Cursor, Memory, Slice};
@@ -85,9 +85,9 @@ pub(crate) struct Queue {
     pub(crate) indirect: bool,
     /// The driver flushes by itself; else every write is durable before it is answered.
     pub(crate) flushes: bool,
-    pub(crate) kick: Option<OwnedFd>,
-    pub(crate) call: Option<OwnedFd>,
-    pub(crate) error: Option<OwnedFd>,
+    pub(crate) kick: Option<Event>,
+    pub(crate) call: Option<Event>,
+    pub(crate) error: Option<Event>,
     pub(crate) record: Option<QueueRecord>,
     /// Where writes to guest memory are logged, while they are.
     pub(crate) log: Option<Arc<Log>>,
@@ -276,7 +276,7 @@ impl Queue {
         self.stop_waiting_for_space();
         tracing::warn!(export = self.context.export.name(), queue = self.index, err = %why, "queue stopped");
         if let Some(error) = &self.error {
-            let _ = rustix::io::write(error, &1u64.to_ne_bytes());
+            error.signal();
         }
         self.context.tell(ExportEvent::QueueBroken { queue: self.index });
     }
@@ -284,8 +284,7 @@ impl Queue {
     /// Tells the driver to look at the used ring.
     fn signal(&self) {
         if let Some(call) = &self.call {
-            // Full: it has not looked since the last times, and will.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+            call.signal();
         }
     }
 

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use muster_common::Chain;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -22,6 +23,7 @@ use vhost::vhost_user::{
 };
 
 use super::Settings;
+use super::event::Event;
 use super::inflight::{self, Inflight};
 use super::log::Log;
 use super::memory::{Memory, Place};
@@ -99,6 +101,10 @@ pub(crate) fn serve(stream: UnixStream, entered: Entered, settings: &Settings, p
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::Disconnected | VhostError::SocketBroken(_)) => break,
+            Err(VhostError::ReqHandlerError(error)) => {
+                tracing::warn!(export = name, err = %Chain(&error), "frontend refused");
+                break;
+            }
             Err(error) => {
                 tracing::warn!(export = name, err = %error, "frontend refused");
                 break;
@@ -193,11 +199,10 @@ impl Device {
     }
 }
 
-/// A descriptor that reads and writes never wait on.
-fn not_blocking(file: File) -> VhostResult<OwnedFd> {
-    let fd = OwnedFd::from(file);
-    rustix::io::ioctl_fionbio(&fd, true).map_err(|error| VhostError::ReqHandlerError(error.into()))?;
-    Ok(fd)
+/// A descriptor that came with a message, if one did.
+fn event(file: Option<File>, what: &'static str) -> VhostResult<Option<Event>> {
+    let taken = file.map(|file| Event::take(file, what)).transpose();
+    taken.map_err(|error| VhostError::ReqHandlerError(io::Error::new(io::ErrorKind::InvalidInput, error)))
 }
 
 impl VhostUserBackendReqHandlerMut for Device {
@@ -316,7 +321,7 @@ impl VhostUserBackendReqHandlerMut for Device {
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
         let index = usize::from(index);
-        let kick = file.map(not_blocking).transpose()?;
+        let kick = event(file, "kick")?;
         self.pool.set_kick(self.slot(index)?, kick).map_err(VhostError::ReqHandlerError)?;
         let inflight = self.inflight.clone();
         self.change(index, |queue| {
@@ -333,7 +338,7 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
-        let call = file.map(not_blocking).transpose()?;
+        let call = event(file, "call")?;
         self.change(usize::from(index), |queue| {
             queue.call = call;
             // What was answered meanwhile was told to the old one, or to nobody.
@@ -342,7 +347,7 @@ impl VhostUserBackendReqHandlerMut for Device {
     }
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> VhostResult<()> {
-        let error = file.map(not_blocking).transpose()?;
+        let error = event(file, "error")?;
         self.change(usize::from(index), |queue| queue.error = error)
     }
 
