@@ -14,7 +14,8 @@ use std::{
 
 use muster_common::{ByteLen, VolumeId};
 use muster_idl::v1::Severity;
-use muster_store::{Damage, Place};
+use muster_store::{Damage, Place, Store};
+use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -54,6 +55,8 @@ pub struct Counters {
     passes: AtomicU64,
     damaged: AtomicU64,
     repaired: AtomicU64,
+    /// Damaged, told, and not repaired when they were looked for last.
+    known: Mutex<Vec<Damage>>,
 }
 
 /// For `muster-agent status`.
@@ -77,6 +80,17 @@ impl Counters {
             damaged: self.damaged.load(Relaxed),
             repaired: self.repaired.load(Relaxed),
         }
+    }
+
+    /// Where in these volumes reading is an I/O error now, as far as the scrub knows: volume and byte offset.
+    pub fn unreadable(&self, store: &Store, volumes: &[VolumeId]) -> Vec<(VolumeId, u64)> {
+        let known = self.known.lock();
+        let places = known.iter().filter(|damage| store.is_still_damaged(damage)).flat_map(|damage| &damage.places);
+        let in_them = places.filter_map(|place| match place {
+            Place::Volume(volume, offset) => volumes.contains(volume).then_some((*volume, *offset)),
+            Place::Image(..) | Place::Snapshot(..) => None,
+        });
+        in_them.collect()
     }
 }
 
@@ -139,7 +153,6 @@ pub fn run(host: &Host, runtime: &Handle, stop: &CancellationToken) {
         pace: Pace::default(),
         rate: (0, None),
         next_pass: now,
-        known: Vec::new(),
         retry: Retry { at: now, pause: FIRST_RETRY },
     };
     let mut last = now;
@@ -162,8 +175,6 @@ struct Scrub<'a> {
     /// Bytes a second, and until when.
     rate: (u64, Option<Instant>),
     next_pass: Instant,
-    /// Damaged, told, and not repaired.
-    known: Vec<Damage>,
     retry: Retry,
 }
 
@@ -197,9 +208,13 @@ impl Scrub<'_> {
 
     /// What a step found.
     fn take_up(&mut self, now: Instant, found: Vec<Damage>) {
-        let known = &self.known;
-        let new: Vec<Damage> =
-            found.into_iter().filter(|damage| known.iter().all(|old| old.frame() != damage.frame())).collect();
+        if found.is_empty() {
+            return;
+        }
+        let new: Vec<Damage> = {
+            let known = self.host.scrub.known.lock();
+            found.into_iter().filter(|damage| known.iter().all(|old| old.frame() != damage.frame())).collect()
+        };
         if new.is_empty() {
             return;
         }
@@ -209,22 +224,25 @@ impl Scrub<'_> {
             return;
         }
         self.tell(&missing, None);
-        if self.known.is_empty() {
+        let mut known = self.host.scrub.known.lock();
+        if known.is_empty() {
             self.retry.begin(now);
         }
-        let room = MOST_KNOWN.saturating_sub(self.known.len());
-        self.known.extend(missing.into_iter().take(room));
+        let room = MOST_KNOWN.saturating_sub(known.len());
+        known.extend(missing.into_iter().take(room));
     }
 
     /// The ones nobody had, when it is time.
     fn look_again(&mut self, now: Instant) {
-        if self.known.is_empty() || !self.retry.is_due(now) {
+        if self.host.scrub.known.lock().is_empty() || !self.retry.is_due(now) {
             return;
         }
-        let store = self.host.volumes.store.clone();
-        let mut known = std::mem::take(&mut self.known);
+        let store = &self.host.volumes.store;
+        // others may ask for them while they are looked for, which takes its time
+        let mut known = self.host.scrub.known.lock().clone();
         known.retain(|damage| store.is_still_damaged(damage));
-        self.known = self.look_for(known);
+        let missing = self.look_for(known);
+        *self.host.scrub.known.lock() = missing;
     }
 
     /// Looks for each, tells of those that were found, and returns the others.
