@@ -53,19 +53,23 @@ const NAMED: usize = 3;
 pub struct Counters {
     blocks: AtomicU64,
     passes: AtomicU64,
+    /// When the last pass ended; 0: none has.
+    last_pass_us: AtomicU64,
     damaged: AtomicU64,
     repaired: AtomicU64,
     /// Damaged, told, and not repaired when they were looked for last.
     known: Mutex<Vec<Damage>>,
 }
 
-/// For `muster-agent status`.
+/// For `muster-agent status` and the topic of the store's health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Blocks hashed.
     pub blocks: u64,
     /// Times the whole store was looked through.
     pub passes: u64,
+    /// When the last time ended, in microseconds since 1970; 0: none has.
+    pub last_pass_at_us: u64,
     /// Blocks found damaged.
     pub damaged: u64,
     /// Those of them that were repaired.
@@ -77,6 +81,7 @@ impl Counters {
         Counts {
             blocks: self.blocks.load(Relaxed),
             passes: self.passes.load(Relaxed),
+            last_pass_at_us: self.last_pass_us.load(Relaxed),
             damaged: self.damaged.load(Relaxed),
             repaired: self.repaired.load(Relaxed),
         }
@@ -199,6 +204,7 @@ impl Scrub<'_> {
             counters.blocks.fetch_add(step.blocks, Relaxed);
             self.take_up(now, step.damage);
             if self.from == 0 {
+                counters.last_pass_us.store(self.host.now_us(), Relaxed);
                 let passes = counters.passes.fetch_add(1, Relaxed) + 1;
                 tracing::debug!(passes, damaged = store.stats().damaged_blocks, "looked through the whole store");
                 return;

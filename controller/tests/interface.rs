@@ -128,6 +128,13 @@ async fn images_are_imported_pulled_and_deleted() {
     assert_eq!(&blob[..], b"a kernel");
     assert_eq!(std::fs::read_dir(fleet.dir.path().join("state/incoming")).unwrap().count(), 0, "uploads are removed");
 
+    // what a host says of its store's memory
+    let heard = async || c.store("host1").await.unwrap().health.is_some();
+    wait_for("the store's health", heard).await;
+    let health = c.store("host1").await.unwrap().health.unwrap();
+    assert_eq!((health.blocks_damaged, health.blocks_repaired, health.blocks_unreadable), (3, 2, 1));
+    assert_eq!((health.nodes.len(), health.nodes[0].node), (1, 1));
+
     // a store that cannot hold it
     let pull = PullImage { target: vec!["host1".into()], timeout_seconds: Some(5) };
     fleet.agents[0].set_budget(4096);

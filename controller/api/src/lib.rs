@@ -47,7 +47,7 @@ pub use metrics::{HostMetrics, VmMetrics, VolumeMetrics};
 pub use page::{ListQuery, Page};
 pub use problem::Problem;
 pub use status::{Alarm, Cell, Check, CheckResult, Doctor, Status};
-pub use store::{Store, StoreImage};
+pub use store::{Store, StoreHealth, StoreImage, StoreNode};
 pub use template::{
     Application, ChangeLimits, ChangeTemplate, CreateTemplate, DiskLimits, NetworkMode, Template, WhenFull,
 };
