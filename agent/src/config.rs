@@ -303,6 +303,8 @@ pub enum CheckError {
     Queues { queues: u16 },
     #[error("use store.spill.size = {size}: at least {LEAST_SPILL} is needed; leave store.spill out for none")]
     SpillSize { size: ByteLen },
+    #[error("use store.spill with store.pages = \"hugetlb\": such pages do not go back block by block; leave one out")]
+    SpillFromHugetlb,
     #[error("use store.spill.directory {path}: an absolute path is needed", path = path.display())]
     SpillDirectory { path: PathBuf },
     #[error(
@@ -370,6 +372,7 @@ impl Config {
         }
         match &self.store.spill {
             Some(spill) if spill.size < LEAST_SPILL => return Err(CheckError::SpillSize { size: spill.size }),
+            Some(_) if self.store.pages == PageChoice::Hugetlb => return Err(CheckError::SpillFromHugetlb),
             Some(SpillSection { directory: Some(path), .. }) if !path.is_absolute() => {
                 return Err(CheckError::SpillDirectory { path: path.clone() });
             }
@@ -489,6 +492,11 @@ mod tests {
             let spill = Some(SpillSection { size, directory: directory.map(Into::into) });
             Config { store: StoreSection { spill, ..good.store.clone() }, ..good.clone() }
         };
+        let on_hugetlb = |mut config: Config| {
+            config.store.pages = PageChoice::Hugetlb;
+            config
+        };
+        on_hugetlb(good.clone()).check().unwrap();
         let file = |config: Config| config.spill().map(|spill| spill.file);
         assert_eq!(file(spilling(ByteLen::gib(1), None)), Some("/s/spill/blocks".into()));
         assert_eq!(file(spilling(ByteLen::gib(1), Some("/fast"))), Some("/fast/blocks".into()));
@@ -503,6 +511,7 @@ mod tests {
             Config { name: Some("a b".into()), ..good.clone() },
             spilling(ByteLen::kib(4), None),
             spilling(ByteLen::gib(1), Some("relative")),
+            on_hugetlb(spilling(ByteLen::gib(1), None)),
             Config {
                 nbd: NbdSection {
                     listen: Some(([127, 0, 0, 1], 0).into()),

@@ -7,7 +7,8 @@
 //!      |   \ a disk's server went away (NBD only)            | memory is there again: event volume-space-back
 //!      |    v                                                v
 //!      +--- paused by an I/O error <------ again ------- resumed
-//!                 resumed as soon as its volumes are there, again and again until it stays
+//!                 resumed as soon as its volumes are there, again and again until it stays;
+//!                 what is in vain ever more rarely, and said once: event volume-unreadable
 //! ```
 //!
 //! With vhost-user the export holds a write that finds no memory and says so: the VM is paused here, so that everybody sees
@@ -17,13 +18,16 @@
 //! a thread of its own tries when the first request fails, and then 1, 3, 7, 15, 31 s later and every 16 s (it doubles its
 //! sleep up to that; nothing can wake it). What QEMU waited for shows here as a session more, and the VM is resumed then.
 //!
+//! Over NBD a damaged block that nobody has pauses the guest that reads it, too, and each resume has it read again. When that
+//! block is whole again, the VM is resumed at once.
+//!
 //! A VM that a command paused is never resumed here, nor one whose volumes are lost. What to do is decided by [`decide`],
 //! without I/O. Locks: none of its own.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
-use muster_common::{ByteLen, Chain, VmId};
+use muster_common::{ByteLen, Chain, VmId, VolumeId};
 use muster_idl::v1::Severity;
 use muster_virt::{DomainState, HypervisorErrorKind, Lane, StateReason};
 use tokio_util::sync::CancellationToken;
@@ -43,7 +47,16 @@ pub const ROOM: ByteLen = ByteLen::mib(8);
 /// A resumed VM counts as running after this long; until then another error means "not yet".
 const SETTLED_US: u64 = 1_000_000;
 const FIRST_PAUSE_US: u64 = 20_000;
+/// Of a VM that waited for memory.
 const LONGEST_PAUSE_US: u64 = 10_000_000;
+/// Of one whose disk answers with errors: that a disk connects and that a block is repaired is seen, so this is only for what
+/// nobody tells us of.
+const LONGEST_PAUSE_OF_ERRORS_US: u64 = 300_000_000;
+/// Resumes in vain until it is said: 0.6 s when a damaged block is known, else 82 s, in which a disk's server comes back.
+const TOLD_OF_DAMAGE_AFTER: u32 = 5;
+const TOLD_OF_ERRORS_AFTER: u32 = 12;
+/// Damaged places that an event names.
+const NAMED: usize = 3;
 
 /// What is so of one VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +74,8 @@ pub struct Seen {
     pub room: bool,
     /// Connections to its disks.
     pub sessions: usize,
+    /// Blocks of its disks that cannot be read; counted while an I/O error has it paused.
+    pub damaged: usize,
 }
 
 /// What was tried of one VM.
@@ -71,6 +86,10 @@ pub struct Tried {
     times: u32,
     /// Connections to its disks at that time.
     sessions: usize,
+    /// The most blocks that could not be read since then.
+    damaged: usize,
+    /// That it is in vain was told.
+    told: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +100,8 @@ pub enum Step {
     /// It runs, or may run, though it is marked as paused for space: take the mark away and say so.
     Release,
     Resume,
+    /// Say that resuming it is in vain, and why.
+    Tell,
 }
 
 /// What to do now. Notes in `tried` what it orders.
@@ -105,14 +126,33 @@ pub fn decide(now_us: u64, seen: &Seen, tried: &mut Tried) -> Step {
             }
             let ours = by_disk || held && seen.reason == StateReason::User;
             let full = held && !seen.room;
-            let pause = FIRST_PAUSE_US.saturating_mul(1 << tried.times.min(20)).min(LONGEST_PAUSE_US);
+            let errors = by_disk && !held && !seen.no_space;
+            let longest = if errors { LONGEST_PAUSE_OF_ERRORS_US } else { LONGEST_PAUSE_US };
+            let pause = FIRST_PAUSE_US.saturating_mul(1 << tried.times.min(20)).min(longest);
             let connected = seen.sessions > tried.sessions;
-            let due = tried.times == 0 || connected || now_us.saturating_sub(tried.resumed_us) >= pause;
-            if !ours || full || !due {
+            let repaired = seen.damaged < tried.damaged;
+            tried.damaged = tried.damaged.max(seen.damaged);
+            let due = tried.times == 0 || connected || repaired || now_us.saturating_sub(tried.resumed_us) >= pause;
+            if !ours || full {
                 return Step::Leave;
             }
-            let times = tried.times.saturating_add(1);
-            *tried = Tried { resumed_us: now_us, times, sessions: seen.sessions };
+            let told_after = if seen.damaged > 0 { TOLD_OF_DAMAGE_AFTER } else { TOLD_OF_ERRORS_AFTER };
+            if errors && !repaired && !tried.told && tried.times >= told_after {
+                tried.told = true;
+                return Step::Tell;
+            }
+            if !due {
+                return Step::Leave;
+            }
+            // what was in vain before a repair says nothing of what comes after it
+            let times = if repaired { 1 } else { tried.times.saturating_add(1) };
+            *tried = Tried {
+                resumed_us: now_us,
+                times,
+                sessions: seen.sessions,
+                damaged: seen.damaged,
+                told: tried.told && !repaired,
+            };
             Step::Resume
         }
         // it went off: whatever it waited for is over
@@ -169,7 +209,18 @@ fn see(host: &Host, entry: &Entry) -> Seen {
             .iter()
             .all(|disk| host.volumes.has_room(disk, ROOM, waiting && entry.state == DomainState::Running)),
         sessions: entry.record.own_disks().filter_map(|disk| host.volumes.exports.sessions(&disk.export_name())).sum(),
+        damaged: if entry.state == DomainState::Paused && entry.reason == StateReason::IoError {
+            unreadable(host, entry).len()
+        } else {
+            0
+        },
     }
+}
+
+/// Volume and byte offset of each block of its disks that cannot be read.
+fn unreadable(host: &Host, entry: &Entry) -> Vec<(VolumeId, u64)> {
+    let volumes: Vec<VolumeId> = entry.record.disks.iter().map(|disk| disk.volume).collect();
+    host.scrub.unreadable(&host.volumes.store, &volumes)
 }
 
 async fn carry_out(host: &Arc<Host>, entry: &Entry, step: Step) {
@@ -199,6 +250,11 @@ async fn carry_out(host: &Arc<Host>, entry: &Entry, step: Step) {
                 host.voice.event(Severity::Info, "volume-space-back", format!("{name}: goes on"), about);
             }
         }
+        Step::Tell => {
+            let why = why_in_vain(entry, &unreadable(host, entry));
+            tracing::warn!(vm = %vm, name, why, "a VM that a disk has paused is resumed in vain");
+            host.voice.event(Severity::Error, "volume-unreadable", format!("{name}: {why}"), about);
+        }
         Step::Resume => {
             // what it was paused for is answered by this; the next error says its own reason
             host.inventory.update(vm, |e| e.no_space = false);
@@ -219,6 +275,27 @@ async fn carry_out(host: &Arc<Host>, entry: &Entry, step: Step) {
     {
         crate::observer::tell(host, &change);
     }
+}
+
+/// Why it stands still although it was resumed, and what helps.
+fn why_in_vain(entry: &Entry, unreadable: &[(VolumeId, u64)]) -> String {
+    let target =
+        |volume| entry.record.disks.iter().find(|disk| disk.volume == volume).map_or("", |disk| disk.target.as_str());
+    let places =
+        unreadable.iter().take(NAMED).map(|(volume, offset)| format!("disk {} at byte {offset}", target(*volume)));
+    let mut places = places.collect::<Vec<_>>().join(", ");
+    if places.is_empty() {
+        return "a disk of it answers with I/O errors or is not connected: the VM stands still, and is resumed ever more \
+                rarely (every 5 minutes in the end), and when the disk connects"
+            .into();
+    }
+    if unreadable.len() > NAMED {
+        places.push_str(&format!(" and {} more", unreadable.len() - NAMED));
+    }
+    format!(
+        "it reads what is damaged in memory and could not be repaired yet: {places}. The VM stands still until it is repaired, \
+         and then goes on at once. Restore a backup, or reset the session, to have it go on without"
+    )
 }
 
 /// Why it stands still, and what helps.
@@ -258,6 +335,7 @@ mod tests {
             no_space: false,
             room: true,
             sessions: 0,
+            damaged: 0,
         }
     }
 
@@ -274,17 +352,65 @@ mod tests {
         let seen = paused(StateReason::IoError, None);
         let mut tried = Tried::default();
         let mut at = Vec::new();
-        for ms in 0..60_000u64 {
-            if decide(ms * 1000, &seen, &mut tried) == Step::Resume {
-                at.push(ms);
+        let mut told = Vec::new();
+        for ms in (0..3_600_000u64).step_by(10) {
+            match decide(ms * 1000, &seen, &mut tried) {
+                Step::Resume => at.push(ms),
+                Step::Tell => told.push(ms),
+                step => assert_eq!(step, Step::Leave),
             }
         }
         assert_eq!(&at[..5], [0, 40, 120, 280, 600]);
-        let longest = at.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap();
-        assert_eq!(longest, 10_000, "it is never given up: {at:?}");
+        let pauses: Vec<u64> = at.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(pauses.is_sorted() && pauses.ends_with(&[300_000; 5]), "it is never given up: {pauses:?}");
+        assert_eq!(told, [at[11] + 10], "said once");
         // it stayed: the next trouble is answered at once again
-        assert_eq!(decide(61_000_000, &running(), &mut tried), Step::Leave);
-        assert_eq!(decide(61_000_001, &seen, &mut tried), Step::Resume);
+        assert_eq!(decide(3_700_000_000, &running(), &mut tried), Step::Leave);
+        assert_eq!(decide(3_700_000_001, &seen, &mut tried), Step::Resume);
+    }
+
+    #[test]
+    fn a_vm_that_reads_a_damaged_block_is_said_soon_and_resumed_as_soon_as_the_block_is_whole() {
+        let reads = |damaged| Seen { damaged, ..paused(StateReason::IoError, None) };
+        let mut tried = Tried::default();
+        let mut now = 0;
+        let mut steps = |seconds: u64, seen: &Seen| -> Vec<(u64, Step)> {
+            let until = now + seconds * 1_000_000;
+            let mut steps = Vec::new();
+            while now < until {
+                now += 10_000;
+                let step = decide(now, seen, &mut tried);
+                if step != Step::Leave {
+                    steps.push((now, step));
+                }
+            }
+            steps
+        };
+        let of = |step: Step, steps: &[(u64, Step)]| steps.iter().filter(|(_, s)| *s == step).count();
+        let first = steps(3600, &reads(2));
+        assert_eq!(of(Step::Tell, &first), 1);
+        assert_eq!(first[5].1, Step::Tell, "before it is tried a sixth time: {first:?}");
+        assert!(of(Step::Resume, &first) < 30, "{first:?}");
+        // one of them is repaired: it goes on to the next, which is said as well
+        let second = steps(60, &reads(1));
+        assert_eq!((second[0].1, of(Step::Tell, &second)), (Step::Resume, 1));
+        assert_eq!(second[0].0, 3_600_010_000, "at once");
+        // both are
+        let third = steps(1, &reads(0));
+        assert_eq!(third[0], (3_660_010_000, Step::Resume));
+        // damage that shows only after the last try is noticed, too
+        let mut tried = Tried::default();
+        assert_eq!(decide(0, &reads(0), &mut tried), Step::Resume);
+        assert_eq!(decide(1, &reads(1), &mut tried), Step::Leave);
+        assert_eq!(decide(2, &reads(0), &mut tried), Step::Resume);
+    }
+
+    #[test]
+    fn one_that_waited_for_memory_is_not_left_for_longer_than_before() {
+        let held = Seen { no_space: true, ..paused(StateReason::IoError, Some(PausedBy::Space)) };
+        let mut tried = Tried::default();
+        let at: Vec<u64> = (0..100_000).filter(|ms| decide(ms * 1000, &held, &mut tried) == Step::Resume).collect();
+        assert!(at.ends_with(&[at[at.len() - 2], at[at.len() - 2] + 10_000]), "{at:?}");
     }
 
     #[test]

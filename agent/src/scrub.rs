@@ -17,6 +17,7 @@ use std::{
 use muster_common::{ByteLen, VolumeId};
 use muster_idl::v1::Severity;
 use muster_store::{Damage, Place, Store};
+use parking_lot::Mutex;
 use serde::Serialize;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
@@ -56,17 +57,23 @@ const NAMED: usize = 3;
 pub struct Counters {
     blocks: AtomicU64,
     passes: AtomicU64,
+    /// When the last pass ended; 0: none has.
+    last_pass_us: AtomicU64,
     damaged: AtomicU64,
     repaired: AtomicU64,
+    /// Damaged, told, and not repaired when they were looked for last.
+    known: Mutex<Vec<Damage>>,
 }
 
-/// For `muster-agent status`.
+/// For `muster-agent status` and the topic of the store's health.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// Blocks hashed.
     pub blocks: u64,
     /// Times the whole store was looked through.
     pub passes: u64,
+    /// When the last time ended, in microseconds since 1970; 0: none has.
+    pub last_pass_at_us: u64,
     /// Blocks found damaged.
     pub damaged: u64,
     /// Those of them that were repaired.
@@ -78,9 +85,21 @@ impl Counters {
         Counts {
             blocks: self.blocks.load(Relaxed),
             passes: self.passes.load(Relaxed),
+            last_pass_at_us: self.last_pass_us.load(Relaxed),
             damaged: self.damaged.load(Relaxed),
             repaired: self.repaired.load(Relaxed),
         }
+    }
+
+    /// Where in these volumes reading is an I/O error now, as far as the scrub knows: volume and byte offset.
+    pub fn unreadable(&self, store: &Store, volumes: &[VolumeId]) -> Vec<(VolumeId, u64)> {
+        let known = self.known.lock();
+        let places = known.iter().filter(|damage| store.is_still_damaged(damage)).flat_map(|damage| &damage.places);
+        let in_them = places.filter_map(|place| match place {
+            Place::Volume(volume, offset) => volumes.contains(volume).then_some((*volume, *offset)),
+            Place::Image(..) | Place::Snapshot(..) => None,
+        });
+        in_them.collect()
     }
 }
 
@@ -186,7 +205,6 @@ pub fn run(host: &Host, runtime: &Handle, stop: &CancellationToken) {
         pace: Pace::default(),
         rate: (0, None),
         next_pass: now,
-        known: Vec::new(),
         beyond: Beyond::default(),
         retry: Retry { at: now, pause: FIRST_RETRY },
     };
@@ -219,8 +237,6 @@ struct Scrub<'a> {
     /// Bytes a second, and until when.
     rate: (u64, Option<Instant>),
     next_pass: Instant,
-    /// Damaged, told, and not repaired.
-    known: Vec<Damage>,
     beyond: Beyond,
     retry: Retry,
 }
@@ -246,6 +262,7 @@ impl Scrub<'_> {
             counters.blocks.fetch_add(step.blocks, Relaxed);
             self.take_up(now, step.damage);
             if self.from == 0 {
+                counters.last_pass_us.store(self.host.now_us(), Relaxed);
                 let passes = counters.passes.fetch_add(1, Relaxed) + 1;
                 tracing::debug!(passes, damaged = store.stats().damaged_blocks, "looked through the whole store");
                 let change = self.beyond.pass_is_over();
@@ -257,25 +274,32 @@ impl Scrub<'_> {
 
     /// What a step found.
     fn take_up(&mut self, now: Instant, found: Vec<Damage>) {
-        let known = &self.known;
-        let new: Vec<Damage> =
-            found.into_iter().filter(|damage| known.iter().all(|old| old.frame() != damage.frame())).collect();
+        if found.is_empty() {
+            return;
+        }
+        let new: Vec<Damage> = {
+            let known = self.host.scrub.known.lock();
+            found.into_iter().filter(|damage| known.iter().all(|old| old.frame() != damage.frame())).collect()
+        };
         if new.is_empty() {
             return;
         }
         let found = new.len();
         let mut missing = self.look_for(new);
-        let room = MOST_KNOWN.saturating_sub(self.known.len());
-        let beyond = missing.len().saturating_sub(room);
-        missing.truncate(room);
+        let beyond = {
+            let known = self.host.scrub.known.lock();
+            missing.len().saturating_sub(MOST_KNOWN.saturating_sub(known.len()))
+        };
+        missing.truncate(missing.len() - beyond);
         let counted = self.beyond.leave((found - beyond) as u64);
         self.host.scrub.damaged.fetch_add(counted, Relaxed);
         if !missing.is_empty() {
             self.tell(&missing, None);
-            if self.known.is_empty() {
+            let mut known = self.host.scrub.known.lock();
+            if known.is_empty() {
                 self.retry.begin(now);
             }
-            self.known.append(&mut missing);
+            known.append(&mut missing);
         }
         let change = self.beyond.add(beyond as u64);
         self.tell_beyond(change);
@@ -283,13 +307,15 @@ impl Scrub<'_> {
 
     /// The ones nobody had, when it is time.
     fn look_again(&mut self, now: Instant) {
-        if self.known.is_empty() || !self.retry.is_due(now) {
+        if self.host.scrub.known.lock().is_empty() || !self.retry.is_due(now) {
             return;
         }
-        let store = self.host.volumes.store.clone();
-        let mut known = std::mem::take(&mut self.known);
+        let store = &self.host.volumes.store;
+        // others may ask for them while they are looked for, which takes its time
+        let mut known = self.host.scrub.known.lock().clone();
         known.retain(|damage| store.is_still_damaged(damage));
-        self.known = self.look_for(known);
+        let missing = self.look_for(known);
+        *self.host.scrub.known.lock() = missing;
     }
 
     /// Looks for each, tells of those that were found, and returns the others.

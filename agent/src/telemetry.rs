@@ -15,7 +15,8 @@ use muster_export::Operation;
 use muster_idl::{
     Topic,
     v1::{
-        Heartbeat, HostMetrics, PhysicalHost, Severity, StoreImage, StoreState, VirtualSystem, VmMetrics, VolumeMetrics,
+        Heartbeat, HostMetrics, PhysicalHost, Severity, StoreHealth, StoreImage, StoreNode, StoreState, VirtualSystem,
+        VmMetrics, VolumeMetrics,
     },
 };
 use muster_virt::{DomainStats, HypervisorKind, Lane};
@@ -26,6 +27,7 @@ use crate::{
     disk_metrics::DiskMetrics,
     host::Host,
     inventory::{Entry, virtual_system},
+    numa,
     sampling::Sampler,
     voice::About,
     watermark::{Crossing, Watermark},
@@ -35,6 +37,10 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Every state is said again this often: a late joiner may lack quiet instances until then.
 const REFRESH: Duration = Duration::from_secs(5);
 const HOST_REFRESH: Duration = Duration::from_secs(30);
+/// The store's health is said this often, in seconds, and when damage was found or repaired.
+const HEALTH: u32 = 10;
+/// Where its memory lies is read this often, in seconds as well: the kernel looks at every page for it.
+const NODES: u32 = 60;
 /// A hypervisor that takes longer for its statistics is left out of this second's. (Ending a QEMU holds them up for 1-2 s.)
 const STATS_TIME: Duration = Duration::from_millis(500);
 /// The call itself may take this long before it counts as stuck.
@@ -98,6 +104,7 @@ pub struct Telemetry {
     physical: Publisher<PhysicalHost>,
     metrics: Publisher<HostMetrics>,
     store: Publisher<StoreState>,
+    health: Publisher<StoreHealth>,
     systems: Publisher<VirtualSystem>,
     vm_metrics: Publisher<VmMetrics>,
     volume_metrics: Publisher<VolumeMetrics>,
@@ -109,6 +116,11 @@ pub struct Telemetry {
     /// Statistics asked for and not there yet: no second call meanwhile.
     asked: Option<Receiver<muster_virt::Result<Vec<DomainStats>>>>,
     watermark: Watermark,
+    /// Seconds since the start, as this thread counts them.
+    second: u32,
+    nodes: Vec<StoreNode>,
+    /// What was said of damage last: blocks found, repaired, unreadable.
+    damage: (u64, u64, u64),
 }
 
 impl Telemetry {
@@ -118,6 +130,7 @@ impl Telemetry {
             physical: bus.publisher()?,
             metrics: bus.publisher()?,
             store: bus.publisher()?,
+            health: bus.publisher()?,
             systems: bus.publisher()?,
             vm_metrics: bus.publisher()?,
             volume_metrics: bus.publisher()?,
@@ -127,6 +140,9 @@ impl Telemetry {
             previous: BTreeMap::new(),
             asked: None,
             watermark: Watermark::default(),
+            second: 0,
+            nodes: Vec::new(),
+            damage: (0, 0, 0),
             host,
         })
     }
@@ -160,6 +176,16 @@ impl Telemetry {
         let metrics = self.sampler.host_metrics(&host.id.to_string(), now, host.inventory.running());
         publish(&self.metrics, &metrics);
         publish(&self.store, &store_state(&host, now));
+        if self.second.is_multiple_of(NODES) {
+            self.nodes = store_nodes(&host);
+        }
+        let health = store_health(&host, now, self.nodes.clone());
+        let damage = (health.blocks_damaged, health.blocks_repaired, health.blocks_unreadable);
+        if self.second.is_multiple_of(HEALTH) || damage != self.damage {
+            publish(&self.health, &health);
+            self.damage = damage;
+        }
+        self.second = self.second.wrapping_add(1);
         self.watermark();
         for sample in self.disks.samples(&host, &host.inventory.all(), now) {
             publish(&self.volume_metrics, &sample);
@@ -324,6 +350,37 @@ pub fn store_state(host: &Host, now_us: u64) -> StoreState {
             })
             .collect(),
         volumes: stats.volumes as u32,
+    }
+}
+
+/// Which node has how much of the store; nothing when its memory is private.
+fn store_nodes(host: &Host) -> Vec<StoreNode> {
+    if !host.volumes.store.stats().shared {
+        return Vec::new();
+    }
+    numa::nodes_of(&host.config.store_directory())
+        .into_iter()
+        .filter_map(|node| {
+            let store_bytes = node.store_bytes?;
+            Some(StoreNode { node: node.node, memory_bytes: node.memory_bytes, store_bytes })
+        })
+        .collect()
+}
+
+/// What the scrub has found, as a topic sample.
+pub fn store_health(host: &Host, now_us: u64, nodes: Vec<StoreNode>) -> StoreHealth {
+    let counts = host.scrub.counts();
+    StoreHealth {
+        host: host.id.to_string(),
+        sampled_at_us: now_us,
+        scrubbing: host.config.scrub.is_on(),
+        blocks_checked: counts.blocks,
+        blocks_damaged: counts.damaged,
+        blocks_repaired: counts.repaired,
+        blocks_unreadable: host.volumes.store.stats().damaged_blocks,
+        passes: counts.passes,
+        last_pass_at_us: counts.last_pass_at_us,
+        nodes,
     }
 }
 

@@ -15,7 +15,7 @@ use std::{
 use muster_agent::{Agent, Config};
 use muster_block::{BlockDevice, BlockErrorKind, WriteFlags};
 use muster_common::ByteLen;
-use muster_idl::v1::{Event, Member, Severity, Verb};
+use muster_idl::v1::{Event, Member, Severity, StoreHealth, Verb};
 use muster_store::Volume;
 use support::{Controller, Depot, Place, image_bytes, network, template, vm_on, wait_for};
 
@@ -119,6 +119,7 @@ fn read(volume: &Volume, n: usize) -> Result<[u8; BLOCK], BlockErrorKind> {
 async fn a_flipped_bit_of_an_image_is_repaired_from_the_image_repository() {
     let mut w = world(81).await;
     let served = w.depot.chunks_served.load(Ordering::Relaxed);
+    let mut healths = w.controller.bus.subscriber::<StoreHealth>(64).unwrap();
     w.damage(&of_image(100));
     let event = w.told("block-repaired").await;
     assert_eq!((event.severity, &event.vm), (Severity::Warning, &w.vm.vm));
@@ -131,6 +132,12 @@ async fn a_flipped_bit_of_an_image_is_repaired_from_the_image_repository() {
     let status = w.status().await;
     assert_eq!((&status["scrub"]["damaged"], &status["scrub"]["repaired"]), (&1.into(), &1.into()), "{status:#}");
     assert_eq!(status["damaged_blocks"], 0);
+    // everybody hears it
+    let mut next =
+        || std::iter::from_fn(|| healths.try_recv()).filter_map(|s| s.value()).find(|h| h.blocks_repaired > 0);
+    let health = wait_for("the store's health", Duration::from_secs(30), &mut next).await;
+    assert_eq!((health.blocks_damaged, health.blocks_repaired, health.blocks_unreadable), (1, 1, 0));
+    assert!(health.scrubbing && health.blocks_checked > 0 && !health.nodes.is_empty(), "{health:?}");
     // and where all that lies
     let nodes = status["numa_nodes"].as_array().unwrap();
     let bytes = |what: &str| nodes.iter().filter_map(|node| node[what].as_u64()).sum::<u64>();

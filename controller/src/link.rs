@@ -39,6 +39,7 @@ struct Readers {
     physical_host: Subscriber<v1::PhysicalHost>,
     host_metrics: Subscriber<v1::HostMetrics>,
     store_state: Subscriber<v1::StoreState>,
+    store_health: Subscriber<v1::StoreHealth>,
     virtual_system: Subscriber<v1::VirtualSystem>,
     vm_metrics: Subscriber<v1::VmMetrics>,
     volume_metrics: Subscriber<v1::VolumeMetrics>,
@@ -64,6 +65,7 @@ pub fn join(bus: Bus) -> Result<Joined, BusError> {
         physical_host: bus.subscriber(CAPACITY)?,
         host_metrics: bus.subscriber(CAPACITY)?,
         store_state: bus.subscriber(CAPACITY)?,
+        store_health: bus.subscriber(CAPACITY)?,
         virtual_system: bus.subscriber(CAPACITY)?,
         vm_metrics: bus.subscriber(CAPACITY)?,
         volume_metrics: bus.subscriber(CAPACITY)?,
@@ -121,6 +123,7 @@ pub fn start(
         });
         read(tasks, handle, stop, r.host_metrics, Way::Telemetry, |m| Some(Input::HostMetrics(m.value()?)));
         read(tasks, handle, stop, r.store_state, Way::Waits, |s| Some(Input::StoreState(s.value()?)));
+        read(tasks, handle, stop, r.store_health, Way::Telemetry, |h| Some(Input::StoreHealth(h.value()?)));
         read(tasks, handle, stop, r.virtual_system, Way::Waits, |system| match system.payload {
             Payload::Value(system) => Some(Input::VirtualSystem(system)),
             Payload::Disposed(key) => Some(Input::VmGone(key)),

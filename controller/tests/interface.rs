@@ -7,9 +7,9 @@ use std::{os::unix::fs::PermissionsExt, sync::Arc};
 
 use fake::{Fleet, Mood, client, command, config, ended, wait_for};
 use muster_api::{
-    ChangeGroup, ChangeTemplate, CommitImage, CreateGroup, CreateTemplate, CreateVms, DiskLimits, ExportFormat,
-    Extents, GroupMembers, ImageFormat, ImportByPath, ImportQuery, Job, JobState, ListQuery, NetworkMode, PullImage,
-    Upload, Verb, VmStanding, WhenFull,
+    ChangeGroup, ChangeLimits, ChangeTemplate, CommitImage, CreateGroup, CreateTemplate, CreateVms, DiskLimits,
+    ExportFormat, Extents, GroupMembers, ImageFormat, ImportByPath, ImportQuery, Job, JobState, ListQuery, NetworkMode,
+    PullImage, Upload, Verb, VmStanding, WhenFull,
 };
 use muster_bus::twin::{LossConfig, Network};
 use muster_common::{ByteLen, ErrorCode, SystemClock};
@@ -127,6 +127,13 @@ async fn images_are_imported_pulled_and_deleted() {
     let blob = http.get(format!("{base}/blobs/{}", kernel.digest)).send().await.unwrap().bytes().await.unwrap();
     assert_eq!(&blob[..], b"a kernel");
     assert_eq!(std::fs::read_dir(fleet.dir.path().join("state/incoming")).unwrap().count(), 0, "uploads are removed");
+
+    // what a host says of its store's memory
+    let heard = async || c.store("host1").await.unwrap().health.is_some();
+    wait_for("the store's health", heard).await;
+    let health = c.store("host1").await.unwrap().health.unwrap();
+    assert_eq!((health.blocks_damaged, health.blocks_repaired, health.blocks_unreadable), (3, 2, 1));
+    assert_eq!((health.nodes.len(), health.nodes[0].node), (1, 1));
 
     // a store that cannot hold it
     let pull = PullImage { target: vec!["host1".into()], timeout_seconds: Some(5) };
@@ -538,6 +545,7 @@ async fn templates_take_applications_and_move_to_other_images() {
     let change = |image: Option<&str>, applications: Option<Vec<String>>| ChangeTemplate {
         image: image.map(str::to_string),
         applications,
+        ..Default::default()
     };
     let before = c.template("desk").await.unwrap();
     let with =
@@ -590,6 +598,61 @@ async fn templates_take_applications_and_move_to_other_images() {
     let there = client(&controller).template("desk").await.unwrap();
     assert_eq!((there.image, there.version, there.applications.len()), (moved.image, moved.version, 0));
     controller.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_of_a_template_change_for_vms_made_from_then_on() {
+    let fleet = Fleet::start(1).await;
+    fleet.template().await;
+    let c = &fleet.client;
+    let make = async |name: &str| {
+        let create = CreateVms { template: "desk".into(), names: vec![name.into()], ..Default::default() };
+        ended(c, &c.create_vms(&create, None).await.unwrap().command.to_string()).await;
+    };
+    make("before").await;
+    let mib = |mib| Some(ByteLen::mib(mib));
+    let system = |limits: ChangeLimits| ChangeTemplate { system_limits: Some(limits), ..Default::default() };
+    let change = async |change: ChangeTemplate| c.change_template("desk", &change, None).await;
+    let all = ChangeLimits { quota: mib(4), reservation: mib(1), when_full: Some(WhenFull::Spill) };
+    let template = change(system(all)).await.unwrap();
+    assert_eq!(
+        (template.system_limits.to_string().as_str(), template.vms),
+        ("at most 4 MiB, 1 MiB reserved, spill", 1)
+    );
+    make("after").await;
+
+    // what is not said stays; 0 is none
+    let some = ChangeLimits { reservation: Some(ByteLen::ZERO), ..Default::default() };
+    let template = change(system(some)).await.unwrap();
+    assert_eq!(template.system_limits.to_string(), "at most 4 MiB, spill");
+    let moved = change(ChangeTemplate { image: Some("debian".into()), ..Default::default() }).await.unwrap();
+    assert_eq!(moved.system_limits, template.system_limits);
+    let limits = async |vm: &str| c.vm(vm).await.unwrap().disks[0].limits.to_string();
+    assert_eq!(limits("before").await, "", "VMs keep what they were made with");
+    assert_eq!(limits("after").await, "at most 4 MiB, 1 MiB reserved, spill");
+
+    // a change is refused as a whole
+    let refused = async |wrong: ChangeTemplate| {
+        let error = change(wrong).await.unwrap_err();
+        assert_eq!(error.code(), ErrorCode::InvalidArgument);
+        assert_eq!(c.template("desk").await.unwrap().version, moved.version);
+        error.to_string()
+    };
+    let above = ChangeLimits { reservation: mib(5), ..Default::default() };
+    let text = refused(system(above.clone())).await;
+    assert!(text.contains("the system disk: a quota of 4 MiB is below the reservation of 5 MiB"), "{text}");
+    let large = ChangeLimits { quota: Some(ByteLen::ZERO), reservation: mib(1 << 20), ..Default::default() };
+    let text = refused(system(large)).await;
+    assert!(text.contains("is more than the disk"), "{text}");
+    let text = refused(ChangeTemplate { data_limits: Some(above), ..Default::default() }).await;
+    assert!(text.contains("no data volume"), "{text}");
+    let tenant = ChangeTemplate { tenant: Some("school-b".into()), ..Default::default() };
+    let text = refused(tenant).await;
+    assert!(text.contains("template desk has no tenant, which cannot be changed: create another"), "{text}");
+
+    let none = ChangeLimits { quota: Some(ByteLen::ZERO), when_full: Some(WhenFull::Pause), ..Default::default() };
+    assert!(change(system(none)).await.unwrap().system_limits.is_none());
+    fleet.controller.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

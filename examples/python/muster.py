@@ -24,6 +24,7 @@ QOS = {
     muster_v1.PhysicalHost: STATE,
     muster_v1.HostMetrics: TELEMETRY,
     muster_v1.StoreState: STATE,
+    muster_v1.StoreHealth: STATE,
     muster_v1.VirtualSystem: STATE,
     muster_v1.VmMetrics: TELEMETRY,
     muster_v1.VolumeMetrics: TELEMETRY,

@@ -145,6 +145,30 @@ class StoreState(IdlStruct, typename="muster.v1.StoreState"):
 
 @dataclass
 @ann.final
+class StoreNode(IdlStruct, typename="muster.v1.StoreNode"):
+    node: types.uint32
+    memory_bytes: types.uint64
+    store_bytes: types.uint64
+
+
+@dataclass
+@ann.final
+class StoreHealth(IdlStruct, typename="muster.v1.StoreHealth"):
+    host: str
+    ann.key("host")
+    sampled_at_us: types.uint64
+    scrubbing: bool
+    blocks_checked: types.uint64
+    blocks_damaged: types.uint64
+    blocks_repaired: types.uint64
+    blocks_unreadable: types.uint64
+    passes: types.uint64
+    last_pass_at_us: types.uint64
+    nodes: types.sequence[StoreNode]
+
+
+@dataclass
+@ann.final
 class VirtualDisk(IdlStruct, typename="muster.v1.VirtualDisk"):
     role: str
     volume: str
@@ -364,6 +388,7 @@ TOPICS = {
     "muster_v1_physical_host": PhysicalHost,
     "muster_v1_host_metrics": HostMetrics,
     "muster_v1_store_state": StoreState,
+    "muster_v1_store_health": StoreHealth,
     "muster_v1_virtual_system": VirtualSystem,
     "muster_v1_vm_metrics": VmMetrics,
     "muster_v1_volume_metrics": VolumeMetrics,

@@ -32,6 +32,14 @@ def store_state(s):
     )
 
 
+def store_health(s):
+    nodes = ", ".join(f"{n.store_bytes / GIB:.2f} GiB on node {n.node}" for n in s.nodes)
+    return (
+        f"health   {s.host} {s.blocks_checked} blocks checked, {s.blocks_damaged} damaged, {s.blocks_repaired} repaired"
+        + (f", {nodes}" if nodes else "")
+    )
+
+
 def virtual_system(s):
     state = muster.ENABLED_STATE.get(s.enabled_state, s.enabled_state)
     return f"vm       {s.vm} {s.name}: {state}" + (", guest up" if s.guest_up else "") + (f" ({s.remark})" if s.remark else "")
@@ -56,6 +64,7 @@ PRINTERS = {
     m.PhysicalHost: physical_host,
     m.HostMetrics: host_metrics,
     m.StoreState: store_state,
+    m.StoreHealth: store_health,
     m.VirtualSystem: virtual_system,
     m.VmMetrics: vm_metrics,
     m.VolumeMetrics: volume_metrics,

@@ -89,6 +89,24 @@ pub fn store_state() -> StoreState {
     }
 }
 
+pub fn store_health() -> StoreHealth {
+    StoreHealth {
+        host: text(HOST),
+        sampled_at_us: 1_732_100_000_000_016,
+        scrubbing: true,
+        blocks_checked: 16_777_216,
+        blocks_damaged: 3,
+        blocks_repaired: 2,
+        blocks_unreadable: 1,
+        passes: 4,
+        last_pass_at_us: 1_732_100_000_000_010,
+        nodes: vec![
+            StoreNode { node: 0, memory_bytes: 32 << 30, store_bytes: 3 << 30 },
+            StoreNode { node: 1, memory_bytes: 32 << 30, store_bytes: 5 << 30 },
+        ],
+    }
+}
+
 pub fn virtual_system() -> VirtualSystem {
     VirtualSystem {
         host: text(HOST),

@@ -117,6 +117,7 @@ topics! {
     PhysicalHost,      "muster_v1_physical_host",        SNAPSHOT,  AgentToAll,      HostKey,  |s| HostKey { host: s.host.clone() };
     HostMetrics,       "muster_v1_host_metrics",         TELEMETRY, AgentToAll,      HostKey,  |s| HostKey { host: s.host.clone() };
     StoreState,        "muster_v1_store_state",          SNAPSHOT,  AgentToAll,      HostKey,  |s| HostKey { host: s.host.clone() };
+    StoreHealth,       "muster_v1_store_health",         SNAPSHOT,  AgentToAll,      HostKey,  |s| HostKey { host: s.host.clone() };
     VirtualSystem,     "muster_v1_virtual_system",       STATE,     AgentToAll,      VmKey,    |s| VmKey { host: s.host.clone(), vm: s.vm.clone() };
     VmMetrics,         "muster_v1_vm_metrics",           TELEMETRY, AgentToAll,      VmKey,    |s| VmKey { host: s.host.clone(), vm: s.vm.clone() };
     VolumeMetrics,     "muster_v1_volume_metrics",       TELEMETRY, AgentToAll,      v1::VolumeKey, |s| v1::VolumeKey { host: s.host.clone(), volume: s.volume.clone() };

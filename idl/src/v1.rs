@@ -143,6 +143,34 @@ types! {
         volumes: u32,
     }
 
+    /// Memory of one NUMA node of the host.
+    StoreNode {
+        node: u32,
+        /// All of it.
+        memory_bytes: u64,
+        /// What the store has there.
+        store_bytes: u64,
+    }
+
+    /// How sound the memory of a host's store is, and where it lies; every ten seconds, and when damage was found or repaired.
+    StoreHealth {
+        host: String,
+        sampled_at_us: u64,
+        /// False: nobody looks for damage.
+        scrubbing: bool,
+        /// Blocks of 4 KiB hashed and compared since the agent's start, those found damaged, those of them repaired.
+        blocks_checked: u64,
+        blocks_damaged: u64,
+        blocks_repaired: u64,
+        /// Damaged and not repaired now: reading one is an I/O error.
+        blocks_unreadable: u64,
+        /// Times the whole store was looked through since the agent's start, and when the last one ended; 0: none has.
+        passes: u64,
+        last_pass_at_us: u64,
+        /// Read once a minute. Empty when the memory ends with the agent: it cannot be told from other memory then.
+        nodes: Vec<StoreNode>,
+    }
+
     /// A disk of a virtual system.
     VirtualDisk {
         /// "system", "data" or "application".

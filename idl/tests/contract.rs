@@ -95,6 +95,7 @@ macro_rules! each_topic {
         $check(&samples::physical_host());
         $check(&samples::host_metrics());
         $check(&samples::store_state());
+        $check(&samples::store_health());
         $check(&samples::virtual_system());
         $check(&samples::vm_metrics());
         $check(&samples::volume_metrics());

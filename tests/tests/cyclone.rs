@@ -157,8 +157,8 @@ fn round_trip(bus: &Bus, domain: &Domain, mut command: Command) {
             add(bus, sample, &mut rows, &mut ends);
         })+ };
     }
-    topic!(heartbeat physical_host host_metrics store_state virtual_system vm_metrics volume_metrics verdict progress
-           event controller_state group_set group_command);
+    topic!(heartbeat physical_host host_metrics store_state store_health virtual_system vm_metrics volume_metrics verdict
+           progress event controller_state group_set group_command);
     assert_eq!(ends.len(), muster_idl::topics::ALL.len(), "a topic is left out");
     let dir = tempfile::tempdir().unwrap();
     let expected = dir.path().join("expected.json");

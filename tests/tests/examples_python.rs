@@ -13,8 +13,8 @@ use muster_bus::testing::{Domain, free_domain, wait_until};
 use muster_idl::{
     samples,
     v1::{
-        Event, GroupCommand, Heartbeat, HostMetrics, Outcome, PhysicalHost, StoreState, Verdict, VirtualSystem,
-        VmMetrics, VolumeMetrics,
+        Event, GroupCommand, Heartbeat, HostMetrics, Outcome, PhysicalHost, StoreHealth, StoreState, Verdict,
+        VirtualSystem, VmMetrics, VolumeMetrics,
     },
 };
 
@@ -91,6 +91,7 @@ fn another_vendors_subscriber_prints_hosts_and_vms() {
     let hosts = bus.publisher::<PhysicalHost>().unwrap();
     let loads = bus.publisher::<HostMetrics>().unwrap();
     let stores = bus.publisher::<StoreState>().unwrap();
+    let health = bus.publisher::<StoreHealth>().unwrap();
     let systems = bus.publisher::<VirtualSystem>().unwrap();
     let vm_loads = bus.publisher::<VmMetrics>().unwrap();
     let disk_loads = bus.publisher::<VolumeMetrics>().unwrap();
@@ -98,10 +99,12 @@ fn another_vendors_subscriber_prints_hosts_and_vms() {
     // state is there before the subscriber comes
     hosts.publish(&samples::physical_host()).unwrap();
     stores.publish(&samples::store_state()).unwrap();
+    health.publish(&samples::store_health()).unwrap();
     systems.publish(&samples::virtual_system()).unwrap();
     let script = Script::start("subscribe.py", &domain, &[]);
     script.line("reading", || {});
-    let late: Vec<String> = ["host     ", "store    ", "vm       "].iter().map(|start| start.to_string()).collect();
+    let late: Vec<String> =
+        ["host     ", "store    ", "health   ", "vm       "].iter().map(|start| start.to_string()).collect();
     let mut missing = late;
     let deadline = Instant::now() + LIMIT;
     while !missing.is_empty() {

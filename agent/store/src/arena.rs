@@ -2,7 +2,8 @@
 //!
 //! A [`Region`] is address space reserved at once and taken from the machine page by page as it is touched
 //! (`MAP_NORESERVE`), so its size costs nothing. It is either private to the process, or a file in memory (tmpfs,
-//! hugetlbfs) that outlives it. [`Words`] shows one as atomics, which is safe for anybody at any time. [`Blocks`] shows
+//! hugetlbfs) that outlives it. hugetlb pages are the exception: all are taken at once and stay, because the kernel has no
+//! answer but SIGBUS to who touches one that is not to be had. [`Words`] shows one as atomics, which is safe for anybody at any time. [`Blocks`] shows
 //! one as frames of [`BLOCK`] bytes, and relies on one rule that `frames.rs` keeps:
 //!
 //! **Frame rule.** A frame without a reference belongs to the one thread that took it from the pool, which alone may
@@ -71,32 +72,44 @@ unsafe impl Sync for Region {}
 
 impl Region {
     /// `file`: where the memory lies; `None` is private memory, all zero. A file is made as long as it has to be and
-    /// never shorter.
+    /// never shorter; one that cannot be had is as long as before.
     fn reserve(len: usize, pages: PageKind, file: Option<&File>) -> io::Result<Region> {
         let unit = if pages == PageKind::Small { SMALL } else { HUGE };
         let len = len.max(1).next_multiple_of(unit);
-        // one huge page more than needed, so that the base can be aligned
-        let mapped = len.checked_add(HUGE).ok_or(io::ErrorKind::InvalidInput)?;
+        // one huge page more than needed, so that the base can be aligned; where the kernel maps such pages it is
+        let aligned = file.is_none() && pages == PageKind::Huge;
+        let mapped = len.checked_add(if aligned { 0 } else { HUGE }).ok_or(io::ErrorKind::InvalidInput)?;
         let rights = ProtFlags::READ | ProtFlags::WRITE;
         let (space, flags) = match (file, pages) {
             (Some(_), _) => (ProtFlags::empty(), MapFlags::PRIVATE | MapFlags::NORESERVE),
-            (None, PageKind::Huge) => (rights, MapFlags::PRIVATE | MapFlags::HUGETLB),
+            (None, PageKind::Huge) => (rights, MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB),
             (None, _) => (rights, MapFlags::PRIVATE | MapFlags::NORESERVE),
         };
         // SAFETY: a new private anonymous mapping at an address of the kernel's choice touches no existing memory.
         let mapping = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped, space, flags) }?;
         let skip = mapping.cast::<u8>().align_offset(HUGE);
-        // SAFETY: the mapping is HUGE bytes longer than `len`, so base and base + len lie within it.
+        // SAFETY: the mapping is HUGE bytes longer than `len`, so base and base + len lie within it; or it is aligned, and
+        // `skip` is 0.
         let base = unsafe { NonNull::new_unchecked(mapping.cast::<u8>().add(skip)) };
         let region = Region { base, len, mapping, mapped, shared: file.is_some(), pages, cut: AtomicBool::new(false) };
         if let Some(file) = file {
-            if file.metadata()?.len() < len as u64 {
+            let before = file.metadata()?.len();
+            if before < len as u64 {
                 file.set_len(len as u64)?;
             }
-            // hugetlbfs sets the pages aside now or refuses; a tmpfs lends them as they are touched
+            // hugetlbfs reserves the pages now or refuses; a tmpfs lends them as they are touched
             let reserve = if pages == PageKind::Huge { MapFlags::empty() } else { MapFlags::NORESERVE };
+            let flags = MapFlags::SHARED | MapFlags::FIXED | reserve;
             // SAFETY: the range is ours, reserved above and without access; the file's mapping takes its place.
-            unsafe { mmap(base.as_ptr().cast(), len, rights, MapFlags::SHARED | MapFlags::FIXED | reserve, file, 0) }?;
+            let shown = unsafe { mmap(base.as_ptr().cast(), len, rights, flags, file, 0) };
+            let there = shown.map_err(io::Error::from).and_then(|_| region.take_what_stays());
+            if let Err(error) = there {
+                // what was taken goes back, and only that; an error leaves it to whoever clears the directory
+                let _ = file.set_len(before);
+                return Err(error);
+            }
+        } else {
+            region.take_what_stays()?;
         }
         match pages {
             // SAFETY: the range is ours; this advice does not change contents.
@@ -114,18 +127,41 @@ impl Region {
         Ok(region)
     }
 
-    /// Gives the pages of the range back to the machine. They read as zero afterwards.
+    /// Takes all of a region of hugetlb pages from the machine: a reservation alone does not hold against the limit of a
+    /// control group, or where a cpuset leaves us fewer nodes than the pages lie on.
+    fn take_what_stays(&self) -> io::Result<()> {
+        if self.pages != PageKind::Huge {
+            return Ok(());
+        }
+        // the kernel zeroes each page, so it is worth more than one thread
+        let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(8);
+        let each = self.len.div_ceil(threads).next_multiple_of(HUGE);
+        std::thread::scope(|scope| {
+            let parts: Vec<_> = (0..self.len)
+                .step_by(each)
+                .map(|start| scope.spawn(move || self.populate(start..(start + each).min(self.len))))
+                .collect();
+            parts.into_iter().try_for_each(|part| part.join().unwrap_or_else(|_| Err(io::ErrorKind::Other.into())))
+        })
+    }
+
+    /// Gives the pages of the range back to the machine, but for hugetlb pages. Nobody relies on what they hold afterwards.
     fn give_back(&self, range: Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.len);
         let in_part = !range.start.is_multiple_of(HUGE) || !range.end.is_multiple_of(HUGE);
-        if self.pages == PageKind::Transparent && (in_part || self.cut.load(Relaxed)) {
-            // The kernel would make the huge page whole again, with memory that nobody counts. Once it is wholly free it may.
-            let kind = if in_part { Advice::LinuxNoHugepage } else { Advice::LinuxHugepage };
-            let pages = range.start / HUGE * HUGE..range.end.next_multiple_of(HUGE);
-            self.cut.store(true, Relaxed);
-            // SAFETY: the range lies within our mapping, whose length is a multiple of HUGE; this advice does not change
-            // contents. It fails where the process has too many mappings; then the kernel may do so.
-            let _ = unsafe { madvise(self.base.as_ptr().add(pages.start).cast(), pages.len(), kind) };
+        match self.pages {
+            // The reservation of one that goes back is lost with it, and whoever takes the page meanwhile leaves us SIGBUS.
+            PageKind::Huge => return,
+            PageKind::Transparent if in_part || self.cut.load(Relaxed) => {
+                // The kernel would make the huge page whole again, with memory that nobody counts. Once all of it is free it may.
+                let kind = if in_part { Advice::LinuxNoHugepage } else { Advice::LinuxHugepage };
+                let pages = range.start / HUGE * HUGE..range.end.next_multiple_of(HUGE);
+                self.cut.store(true, Relaxed);
+                // SAFETY: the range lies within our mapping, whose length is a multiple of HUGE; this advice does not change
+                // contents. It fails where the process has too many mappings; then the kernel may do so.
+                let _ = unsafe { madvise(self.base.as_ptr().add(pages.start).cast(), pages.len(), kind) };
+            }
+            PageKind::Transparent | PageKind::Small => {}
         }
         let advice = if self.shared { Advice::LinuxRemove } else { Advice::LinuxDontNeed };
         // SAFETY: the range lies within our mapping. The callers of `Words::give_back` and `Blocks::give_back` own all of

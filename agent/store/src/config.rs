@@ -15,7 +15,8 @@ pub enum Pages {
     /// Transparent huge pages (2 MiB): faster to fill and to read; memory goes back in whole 2 MiB at
     /// once, and in parts by [`Store::give_back`](crate::Store::give_back) or when it is needed elsewhere.
     Transparent,
-    /// hugetlb pages, reserved at once: opening fails when the machine has not set enough of them aside.
+    /// hugetlb pages of 2 MiB, all taken at once: opening fails when the machine has not set enough of them aside. None goes
+    /// back before the store ends or is discarded; metadata lies on other pages, beside them. Nothing is spilled from them.
     Huge,
 }
 

@@ -31,6 +31,13 @@ pub enum StoreError {
     Deleted,
     #[error("reserve {size} of address space for {what}")]
     Map { what: &'static str, size: ByteLen, source: std::io::Error },
+    #[error(
+        "take {needed} huge pages of 2 MiB for a store on hugetlb pages: {free} of the {all} that the machine has set aside \
+         are free (set more aside with vm.nr_hugepages, or make the budget smaller)"
+    )]
+    HugePages { needed: u64, free: u64, all: u64, source: std::io::Error },
+    #[error("a store on hugetlb pages spills nothing: choose other pages, or no spill file")]
+    SpillFromHugetlb,
     #[error("the volume's quota of {quota} is used up")]
     Quota { quota: ByteLen },
     #[error("what was stored there is damaged and could not be repaired: restore it from a backup")]
@@ -65,6 +72,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    pub(crate) fn no_huge_pages(frames: u32, source: std::io::Error) -> Self {
+        let needed = ((u64::from(frames) + 1) * crate::arena::BLOCK as u64).div_ceil(2 << 20);
+        let (free, all) = crate::memory::huge_pages();
+        Self::HugePages { needed, free, all, source }
+    }
+
     /// The code that travels on the wire and in REST bodies.
     pub const fn code(&self) -> ErrorCode {
         match self {
@@ -78,11 +91,12 @@ impl StoreError {
             | Self::ForeignSnapshot
             | Self::Budget { .. }
             | Self::NotInMemory { .. }
+            | Self::SpillFromHugetlb
             | Self::Name(_)
             | Self::Shrink { .. } => ErrorCode::InvalidArgument,
             Self::Deleted => ErrorCode::VolumeLost,
             Self::Damaged | Self::SpillMissing { .. } => ErrorCode::Corrupt,
-            Self::Map { .. } | Self::Memory { .. } => ErrorCode::Unavailable,
+            Self::Map { .. } | Self::Memory { .. } | Self::HugePages { .. } => ErrorCode::Unavailable,
         }
     }
 

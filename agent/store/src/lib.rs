@@ -39,6 +39,7 @@
 //! 6. A new reference is counted before an old one is dropped.
 //! 7. What is charged to the budget is what the machine has lent us, frames and metadata, and never more than the budget,
 //!    unless an attach finds more than the budget it was given: then nothing new is taken until it fits.
+//!    (hugetlb pages are all the store's from its opening on: with them the charge says what of them is in use.)
 //!    (Up to 2 MiB less with huge pages, which are charged before they are touched; heap for lists of free numbers,
 //!    0.1 % of what is free, is not charged.)
 //! 8. A refused write changes whole blocks or nothing: never a part of a block.

@@ -11,8 +11,12 @@
 //!
 //! `DIR` lies on a tmpfs. Where we may (root), one of our own is mounted there, with `huge=advise`: the frames get huge
 //! pages although shared memory has none elsewhere (`shmem_enabled` is `never` on most machines), and the tables beside
-//! them small ones. hugetlb pages come from a hugetlbfs of our own below it. Everything is sparse: what is not touched is
-//! not taken.
+//! them small ones. Everything is sparse: what is not touched is not taken.
+//!
+//! hugetlb pages come from a hugetlbfs at `DIR/huge`, mounted by us unless one is there. They are taken when the store is
+//! opened (arena.rs says why), all that the frames of the budget may need, and are the store's until it is discarded,
+//! whatever becomes of the process. The tables still lie on the tmpfs and are charged to the same budget, so the machine
+//! is without the budget and the tables.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -29,7 +33,8 @@ use rustix::{
 use crate::{PageKind, Pages, StoreError};
 
 /// `TMPFS_MAGIC`, `RAMFS_MAGIC`, `HUGETLBFS_MAGIC` (linux/magic.h).
-const IN_MEMORY: [u64; 3] = [0x0102_1994, 0x8584_58f6, 0x9584_58f6];
+const IN_MEMORY: [u64; 3] = [0x0102_1994, 0x8584_58f6, HUGETLBFS];
+const HUGETLBFS: u64 = 0x9584_58f6;
 
 const HEADER: &str = "store";
 /// Below this a store would notice that huge pages are taken 2 MiB at a time.
@@ -63,10 +68,24 @@ pub(crate) fn private_pages(asked: Pages, budget: u64) -> PageKind {
     }
 }
 
-fn is_in_memory(path: &Path) -> bool {
+fn is_on(path: &Path, kinds: &[u64]) -> bool {
     // the type's width differs by architecture
     #[allow(clippy::unnecessary_cast)]
-    statfs(path).is_ok_and(|s| IN_MEMORY.contains(&(s.f_type as u64 & 0xffff_ffff)))
+    statfs(path).is_ok_and(|s| kinds.contains(&(s.f_type as u64 & 0xffff_ffff)))
+}
+
+fn is_in_memory(path: &Path) -> bool {
+    is_on(path, &IN_MEMORY)
+}
+
+/// hugetlb pages of 2 MiB that nobody has a claim to, and all that are set aside.
+pub(crate) fn huge_pages() -> (u64, u64) {
+    let count = |name: &str| -> Option<u64> {
+        let text = fs::read_to_string(format!("/sys/kernel/mm/hugepages/hugepages-2048kB/{name}")).ok()?;
+        text.trim().parse().ok()
+    };
+    let free = count("free_hugepages").zip(count("resv_hugepages")).map(|(free, claimed)| free.saturating_sub(claimed));
+    (free.unwrap_or(0), count("nr_hugepages").unwrap_or(0))
 }
 
 fn is_mount_point(path: &Path) -> bool {
@@ -128,10 +147,12 @@ impl Directory {
         Ok(match asked {
             Pages::Small => PageKind::Small,
             Pages::Huge => {
-                let place = self.path.join("huge");
+                let place = self.huge();
                 let failed = |source| StoreError::Memory { action: "mount hugetlbfs at", path: place.clone(), source };
                 fs::create_dir_all(&place).map_err(failed)?;
-                mount_ours("hugetlbfs", &place, c"mode=0700,pagesize=2M").map_err(|e| failed(e.into()))?;
+                if !self.has_hugetlbfs() {
+                    mount_ours("hugetlbfs", &place, c"mode=0700,pagesize=2M").map_err(|e| failed(e.into()))?;
+                }
                 PageKind::Huge
             }
             Pages::Auto if budget < LEAST_FOR_HUGE => PageKind::Small,
@@ -140,18 +161,26 @@ impl Directory {
         })
     }
 
+    fn huge(&self) -> PathBuf {
+        self.path.join("huge")
+    }
+
+    pub(crate) fn has_hugetlbfs(&self) -> bool {
+        is_on(&self.huge(), &[HUGETLBFS])
+    }
+
     /// The file of this name, made when it is not there.
     pub(crate) fn file(&self, name: &str, pages: PageKind) -> io::Result<File> {
         if name == HEADER {
             return self.header.try_clone();
         }
-        let directory = if pages == PageKind::Huge { self.path.join("huge") } else { self.path.clone() };
+        let directory = if pages == PageKind::Huge { self.huge() } else { self.path.clone() };
         OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(directory.join(name))
     }
 
     /// Takes everything away. What is mapped stays until it is unmapped, seen by nobody else.
     pub(crate) fn discard(&self) {
-        let huge = self.path.join("huge");
+        let huge = self.huge();
         for place in [&huge, &self.path] {
             for entry in fs::read_dir(place).into_iter().flatten().flatten() {
                 // a directory stays for now: it may be a mount point
@@ -179,6 +208,14 @@ impl Directory {
 }
 
 impl Memory {
+    /// Whether what frames of such pages lie on is still there.
+    pub(crate) fn may_hold(&self, pages: PageKind) -> bool {
+        match self {
+            Memory::Shared(directory) if pages == PageKind::Huge => directory.has_hugetlbfs(),
+            Memory::Private | Memory::Shared(_) => true,
+        }
+    }
+
     pub(crate) fn file(&self, name: &str, pages: PageKind) -> io::Result<Option<File>> {
         match self {
             Memory::Private => Ok(None),

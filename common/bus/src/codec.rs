@@ -82,8 +82,8 @@ macro_rules! table {
 }
 
 table! {
-    Heartbeat PhysicalHost HostMetrics StoreState VirtualSystem VmMetrics VolumeMetrics Verdict Progress Event
-    ControllerState GroupSet GroupCommand
+    Heartbeat PhysicalHost HostMetrics StoreState StoreHealth VirtualSystem VmMetrics VolumeMetrics Verdict Progress
+    Event ControllerState GroupSet GroupCommand
 }
 
 #[cfg(test)]

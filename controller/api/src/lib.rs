@@ -47,8 +47,10 @@ pub use metrics::{HostMetrics, VmMetrics, VolumeMetrics};
 pub use page::{ListQuery, Page};
 pub use problem::Problem;
 pub use status::{Alarm, Cell, Check, CheckResult, Doctor, Status};
-pub use store::{Store, StoreImage};
-pub use template::{Application, ChangeTemplate, CreateTemplate, DiskLimits, NetworkMode, Template, WhenFull};
+pub use store::{Store, StoreHealth, StoreImage, StoreNode};
+pub use template::{
+    Application, ChangeLimits, ChangeTemplate, CreateTemplate, DiskLimits, NetworkMode, Template, WhenFull,
+};
 pub use top::{Top, TopHost, TopVm};
 pub use vm::{CreateVms, CreatedVms, Disk, Placed, Vm, VmQuery, VmStanding, VmState, Volume, VolumeQuery};
 

@@ -154,4 +154,27 @@ pub struct ChangeTemplate {
     /// All of them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applications: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub system_limits: Option<ChangeLimits>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_limits: Option<ChangeLimits>,
+    /// A template's tenant is what it was made with: any other is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenant: Option<String>,
+}
+
+/// Changes the limits of one disk; what is left out stays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeLimits {
+    /// 0: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub quota: Option<ByteLen>,
+    /// 0: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub reservation: Option<ByteLen>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when_full: Option<WhenFull>,
 }

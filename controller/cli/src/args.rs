@@ -271,6 +271,33 @@ pub struct LimitArgs {
     pub tenant: Option<String>,
 }
 
+/// Limits of disks of VMs made from now on; what is left out stays.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Memory of the host")]
+pub struct ChangeLimitArgs {
+    /// The most the system disk may hold of what its guest has written; 0 for no quota
+    #[arg(long, value_name = "SIZE", group = "change")]
+    pub system_quota: Option<ByteLen>,
+    /// So much can be written to the system disk whatever other disks do; 0 for nothing
+    #[arg(long, value_name = "SIZE", group = "change")]
+    pub system_reserve: Option<ByteLen>,
+    /// What happens to the system disk when memory is full
+    #[arg(long, value_enum, group = "change")]
+    pub system_when_full: Option<WhenFull>,
+    /// The most the data disk may hold of what its guest has written; 0 for no quota
+    #[arg(long, value_name = "SIZE", group = "change")]
+    pub data_quota: Option<ByteLen>,
+    /// So much can be written to the data disk whatever other disks do; 0 for nothing
+    #[arg(long, value_name = "SIZE", group = "change")]
+    pub data_reserve: Option<ByteLen>,
+    /// What happens to the data disk when memory is full
+    #[arg(long, value_enum, group = "change")]
+    pub data_when_full: Option<WhenFull>,
+    /// Cannot be changed: any other than it has is refused
+    #[arg(long, value_name = "NAME", group = "change", hide = true)]
+    pub tenant: Option<String>,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ShutdownPolicy {
     Fail,
@@ -457,8 +484,11 @@ pub enum TemplateVerb {
         #[command(flatten)]
         limits: LimitArgs,
     },
-    /// Move a template to another image or other applications; VMs made from it stay as they are
-    #[command(group = clap::ArgGroup::new("change").required(true).multiple(true))]
+    /// Move a template to another image, other applications or other limits; VMs made from it stay as they are
+    #[command(
+        group = clap::ArgGroup::new("change").required(true).multiple(true),
+        override_usage = "muster template change [OPTIONS] <TEMPLATE>"
+    )]
     Change {
         template: String,
         #[arg(long, group = "change")]
@@ -468,6 +498,8 @@ pub enum TemplateVerb {
         applications: Vec<String>,
         #[arg(long, group = "change")]
         no_applications: bool,
+        #[command(flatten)]
+        limits: ChangeLimitArgs,
     },
     /// Delete a template; VMs made from it stay
     Delete { template: String },
@@ -575,6 +607,7 @@ mod tests {
         insta::assert_snapshot!("help_vm_create", help(&["vm", "create"]));
         insta::assert_snapshot!("help_image", help(&["image"]));
         insta::assert_snapshot!("help_template_create", help(&["template", "create"]));
+        insta::assert_snapshot!("help_template_change", help(&["template", "change"]));
         insta::assert_snapshot!("help_vm_resize", help(&["vm", "resize"]));
     }
 

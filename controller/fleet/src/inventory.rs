@@ -13,7 +13,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use muster_common::{HostId, Incarnation, VmId};
-use muster_idl::v1::{Heartbeat, HostMetrics, PhysicalHost, StoreState, VirtualSystem, VmMetrics, VolumeMetrics};
+use muster_idl::v1::{
+    Heartbeat, HostMetrics, PhysicalHost, StoreHealth, StoreState, VirtualSystem, VmMetrics, VolumeMetrics,
+};
 
 /// Times that decide who is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,6 +92,7 @@ pub struct HostEntry {
     pub last_seen_us: u64,
     pub metrics: Option<HostMetrics>,
     pub store: Option<StoreState>,
+    pub health: Option<StoreHealth>,
     /// Grows with each change an operator would notice.
     pub version: u64,
 }
@@ -321,6 +324,12 @@ impl Inventory {
     pub fn store_state(&mut self, state: StoreState) {
         if let Some(entry) = state.host.parse().ok().and_then(|id: HostId| self.hosts.get_mut(&id)) {
             entry.store = Some(state);
+        }
+    }
+
+    pub fn store_health(&mut self, health: StoreHealth) {
+        if let Some(entry) = health.host.parse().ok().and_then(|id: HostId| self.hosts.get_mut(&id)) {
+            entry.health = Some(health);
         }
     }
 

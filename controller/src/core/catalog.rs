@@ -1,7 +1,8 @@
 //! Images and templates as records; the images' bytes are in the repository.
 
 use muster_api::{
-    self as api, ChangeTemplate, CreateTemplate, GroupMembers, ImageFormat, NetworkMode, PullImage, Residency,
+    self as api, ChangeLimits, ChangeTemplate, CreateTemplate, GroupMembers, ImageFormat, NetworkMode, PullImage,
+    Residency,
 };
 use muster_cim::{DiskLimits, LimitError};
 use muster_common::{ByteLen, CommandId, Digest, ErrorCode};
@@ -31,18 +32,36 @@ fn checked(limits: &api::DiskLimits) -> Result<DiskLimits, LimitError> {
     DiskLimits::read(spec_of(limits).as_ref())
 }
 
-fn check_limits(create: &CreateTemplate) -> Result<(), Refusal> {
+/// `data_size`: of the data volume, if there is one.
+fn check_limits(system: &api::DiskLimits, data: &api::DiskLimits, data_size: Option<ByteLen>) -> Result<(), Refusal> {
     let wrong = |disk: &str, e: LimitError| Refusal::invalid(format!("the {disk} disk: {e}"));
-    checked(&create.system_limits).map_err(|e| wrong("system", e))?;
-    let data = checked(&create.data_limits).map_err(|e| wrong("data", e))?;
-    match create.data_volume {
-        None if !create.data_limits.is_none() => {
-            return Err(Refusal::invalid("limits of a data disk, and no data volume: say its size"));
-        }
-        None => {}
-        Some(size) => data.check_size(size).map_err(|e| wrong("data", e))?,
+    checked(system).map_err(|e| wrong("system", e))?;
+    let limits = checked(data).map_err(|e| wrong("data", e))?;
+    match data_size {
+        None if !data.is_none() => Err(Refusal::invalid("limits of a data disk, and no data volume: say its size")),
+        None => Ok(()),
+        Some(size) => limits.check_size(size).map_err(|e| wrong("data", e)),
     }
-    create.tenant.as_deref().map_or(Ok(()), muster_cim::check_tenant).map_err(|e| Refusal::invalid(e.to_string()))
+}
+
+/// A system disk is as large as its image.
+fn check_system_size(limits: &api::DiskLimits, image: &StoredImage) -> Result<(), Refusal> {
+    checked(limits)
+        .and_then(|limits| limits.check_size(ByteLen(image.logical_bytes)))
+        .map_err(|e| Refusal::invalid(format!("the system disk: {e}")))
+}
+
+/// These limits with what is said changed.
+fn changed(limits: &api::DiskLimits, change: &ChangeLimits) -> api::DiskLimits {
+    let size = |new: Option<ByteLen>, old: Option<ByteLen>| match new {
+        Some(ByteLen::ZERO) => None,
+        new => new.or(old),
+    };
+    api::DiskLimits {
+        quota: size(change.quota, limits.quota),
+        reservation: size(change.reservation, limits.reservation),
+        when_full: change.when_full.unwrap_or(limits.when_full),
+    }
 }
 
 impl Core {
@@ -243,11 +262,11 @@ impl Core {
         {
             return Err(Refusal::invalid(format!("{name:?} is not the name of a network interface")));
         }
-        check_limits(&create)?;
+        check_limits(&create.system_limits, &create.data_limits, create.data_volume)?;
+        let tenant = create.tenant.as_deref().map_or(Ok(()), muster_cim::check_tenant);
+        tenant.map_err(|e| Refusal::invalid(e.to_string()))?;
         let image = self.image(&create.image)?.clone();
-        checked(&create.system_limits)
-            .and_then(|limits| limits.check_size(ByteLen(image.logical_bytes)))
-            .map_err(|e| Refusal::invalid(format!("the system disk: {e}")))?;
+        check_system_size(&create.system_limits, &image)?;
         let applications = self.application_images(&create.applications)?;
         let boot = create.boot.unwrap_or_else(|| image.boot.clone());
         if boot.kernel.is_none() && boot.initrd.is_some() {
@@ -290,7 +309,7 @@ impl Core {
         Ok(digests)
     }
 
-    /// Moves a template to another image or other applications. VMs made from it stay as they are.
+    /// Moves a template to another image, other applications or other limits. VMs made from it stay as they are.
     pub(crate) fn change_template(
         &mut self,
         name: &str,
@@ -312,6 +331,21 @@ impl Core {
         }
         if let Some(references) = &change.applications {
             template.applications = self.application_images(references)?;
+        }
+        if change.tenant.is_some() && change.tenant != template.tenant {
+            let has = template.tenant.map_or("has no tenant".into(), |tenant| format!("has the tenant {tenant}"));
+            let detail = format!("template {name} {has}, which cannot be changed: create another template");
+            return Err(Refusal::invalid(detail));
+        }
+        if let Some(change) = &change.system_limits {
+            template.system_limits = changed(&template.system_limits, change);
+        }
+        if let Some(change) = &change.data_limits {
+            template.data_limits = changed(&template.data_limits, change);
+        }
+        check_limits(&template.system_limits, &template.data_limits, template.data_volume)?;
+        if let Some(image) = self.images.get(&template.image) {
+            check_system_size(&template.system_limits, image)?;
         }
         template.version += 1;
         self.db.put_template(&template)?;

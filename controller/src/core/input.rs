@@ -18,6 +18,7 @@ pub enum Input {
     PhysicalHost(u16, v1::PhysicalHost),
     HostMetrics(v1::HostMetrics),
     StoreState(v1::StoreState),
+    StoreHealth(v1::StoreHealth),
     VirtualSystem(v1::VirtualSystem),
     VmGone(v1::VmKey),
     VmMetrics(v1::VmMetrics),
@@ -51,6 +52,7 @@ impl Core {
                 self.inventory.host_metrics(metrics);
             }
             Input::StoreState(state) => self.inventory.store_state(state),
+            Input::StoreHealth(health) => self.inventory.store_health(health),
             Input::VirtualSystem(system) => {
                 self.settle_doubt(&system);
                 let changes = self.inventory.virtual_system(system, now_us);

@@ -140,7 +140,7 @@ impl Core {
     pub(crate) fn stores(&self) -> Vec<api::Store> {
         self.inventory
             .hosts()
-            .filter_map(|(id, entry)| Some(store(id, entry.name(id), entry.store.as_ref()?)))
+            .filter_map(|(id, entry)| Some(store(id, entry.name(id), entry.store.as_ref()?, entry.health.as_ref())))
             .collect()
     }
 
@@ -422,7 +422,7 @@ impl Core {
             .map(|(id, entry)| api::TopHost {
                 host: self.host_view(id, entry),
                 metrics: entry.metrics.as_ref().map(|m| host_metrics(id, entry.name(id), m)),
-                store: entry.store.as_ref().map(|s| store(id, entry.name(id), s)),
+                store: entry.store.as_ref().map(|s| store(id, entry.name(id), s, entry.health.as_ref())),
             })
             .collect();
         by_host.sort_by(|a, b| a.host.name.cmp(&b.host.name));
@@ -551,7 +551,25 @@ fn host_metrics(host: HostId, host_name: String, m: &v1::HostMetrics) -> api::Ho
     }
 }
 
-fn store(host: HostId, host_name: String, s: &v1::StoreState) -> api::Store {
+fn store_health(h: &v1::StoreHealth) -> api::StoreHealth {
+    api::StoreHealth {
+        sampled_at_us: h.sampled_at_us,
+        scrubbing: h.scrubbing,
+        blocks_checked: h.blocks_checked,
+        blocks_damaged: h.blocks_damaged,
+        blocks_repaired: h.blocks_repaired,
+        blocks_unreadable: h.blocks_unreadable,
+        passes: h.passes,
+        last_pass_at_us: h.last_pass_at_us,
+        nodes: h
+            .nodes
+            .iter()
+            .map(|n| api::StoreNode { node: n.node, memory_bytes: n.memory_bytes, store_bytes: n.store_bytes })
+            .collect(),
+    }
+}
+
+fn store(host: HostId, host_name: String, s: &v1::StoreState, health: Option<&v1::StoreHealth>) -> api::Store {
     api::Store {
         host,
         host_name,
@@ -578,6 +596,7 @@ fn store(host: HostId, host_name: String, s: &v1::StoreState) -> api::Store {
             })
             .collect(),
         volumes: s.volumes,
+        health: health.map(store_health),
     }
 }
 

@@ -294,7 +294,7 @@ pub async fn get_template(State(shared): State<Shared>, Name(name): Name) -> Ans
     versioned(template, version)
 }
 
-/// Moves a template to another image or other applications.
+/// Moves a template to another image, other applications or other limits. VMs made from it before stay as they are.
 #[utoipa::path(patch, path = "/v1/templates/{name}", tag = "templates", params(("name" = String, Path), ("if-match" = Option<String>, Header)), request_body = ChangeTemplate, responses((status = 200, body = Template), (status = "default", body = Problem)))]
 pub async fn change_template(
     State(shared): State<Shared>,

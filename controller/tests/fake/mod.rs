@@ -139,6 +139,7 @@ impl Running {
         let heartbeat = self.bus.publisher::<v1::Heartbeat>().unwrap();
         let physical_host = self.bus.publisher::<v1::PhysicalHost>().unwrap();
         let store = self.bus.publisher::<v1::StoreState>().unwrap();
+        let health = self.bus.publisher::<v1::StoreHealth>().unwrap();
         let systems = self.bus.publisher::<v1::VirtualSystem>().unwrap();
         let verdicts = self.bus.publisher::<v1::Verdict>().unwrap();
         let progress = self.bus.publisher::<v1::Progress>().unwrap();
@@ -167,6 +168,7 @@ impl Running {
                 let _ = heartbeat.publish(&beat);
                 let _ = metrics.publish(&self.metrics());
                 let _ = store.publish(&self.store());
+                let _ = health.publish(&self.health());
                 let _ = physical_host.publish(&self.describe());
                 for system in self.state.lock().unwrap().vms.values() {
                     let _ = systems.publish(system);
@@ -356,6 +358,21 @@ impl Running {
             page_kind: "4k".into(),
             images: Vec::new(),
             volumes: 0,
+        }
+    }
+
+    fn health(&self) -> v1::StoreHealth {
+        v1::StoreHealth {
+            host: self.host.clone(),
+            sampled_at_us: now_us(),
+            scrubbing: true,
+            blocks_checked: 70,
+            blocks_damaged: 3,
+            blocks_repaired: 2,
+            blocks_unreadable: 1,
+            passes: 4,
+            last_pass_at_us: self.started_at_us,
+            nodes: vec![v1::StoreNode { node: 1, memory_bytes: 8 << 30, store_bytes: 1 << 20 }],
         }
     }
 

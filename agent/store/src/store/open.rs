@@ -82,6 +82,13 @@ impl Store {
         keep_spilled: bool,
     ) -> Result<Inner, StoreError> {
         let map_error = |what| move |source| StoreError::Map { what, size: config.budget, source };
+        let frames_error = |source| match layout.pages {
+            PageKind::Huge => StoreError::no_huge_pages(layout.frames, source),
+            PageKind::Small | PageKind::Transparent => map_error("frames")(source),
+        };
+        if layout.pages == PageKind::Huge && config.spill.is_some() {
+            return Err(StoreError::SpillFromHugetlb);
+        }
         let spill = match &config.spill {
             None => None,
             Some(spill) => {
@@ -92,7 +99,7 @@ impl Store {
         };
         let engine = Engine {
             budget: Budget::new(config.budget.bytes()),
-            frames: Frames::reserve(layout.frames, layout.pages, &memory).map_err(map_error("frames"))?,
+            frames: Frames::reserve(layout.frames, layout.pages, &memory).map_err(frames_error)?,
             nodes: Nodes::reserve(layout.nodes, &memory).map_err(map_error("map nodes"))?,
             world: World::default(),
             pages: layout.pages,
@@ -137,6 +144,9 @@ impl Store {
             Err(unusable) => return Ok(Err((memory, unusable.0))),
         };
         drop(header);
+        if !memory.may_hold(found.pages) {
+            return Ok(Err((memory, "the hugetlbfs its blocks lay on is not mounted any more".into())));
+        }
         // the pages are what they were; room only grows
         let wanted = Self::layout(config, found.pages);
         let layout = Layout {

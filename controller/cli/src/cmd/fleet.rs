@@ -1,7 +1,8 @@
 //! Hosts, stores, volumes, backups, the controller itself, and the event log.
 
 use muster_api::{
-    CheckResult, Event, EventQuery, Host, HostState, Severity, Status, Store, TargetKind, Verb, VolumeMetrics,
+    CheckResult, Event, EventQuery, Host, HostState, Severity, Status, Store, StoreHealth, TargetKind, Verb,
+    VolumeMetrics,
 };
 use muster_common::ByteLen;
 
@@ -110,10 +111,28 @@ pub async fn store(session: &Session, verb: StoreVerb) -> anyhow::Result<Ended> 
                     i.volumes.to_string(),
                 ]);
             }
-            format!("{}\n{}", stores_table(std::slice::from_ref(s)), images.render())
+            let health = s.health.as_ref().map(|h| format!("\n{}", show_health(h))).unwrap_or_default();
+            format!("{}\n{}{health}", stores_table(std::slice::from_ref(s)), images.render())
         })?,
     }
     Ok(Ended::AllDone)
+}
+
+/// Since the agent's start.
+fn show_health(h: &StoreHealth) -> String {
+    let mut table = Table::new(&["MEMORY", "VALUE"]);
+    let mut row = |name: &str, value: String| table.row([name.to_string(), value]);
+    row("looked for damage", if h.scrubbing { "yes".into() } else { "no (scrub.rate = 0)".into() });
+    row("blocks checked", h.blocks_checked.to_string());
+    row("blocks damaged", format!("{}, {} repaired", h.blocks_damaged, h.blocks_repaired));
+    row("blocks unreadable now", h.blocks_unreadable.to_string());
+    let last = if h.passes == 0 { "never".into() } else { ago(now_us(), h.last_pass_at_us) };
+    row("all of it checked", format!("{last}, {} times", h.passes));
+    for n in &h.nodes {
+        let value = format!("{} of {}", ByteLen(n.store_bytes), ByteLen(n.memory_bytes));
+        row(&format!("NUMA node {}", n.node), value);
+    }
+    table.render()
 }
 
 pub fn stores_table(stores: &[Store]) -> String {

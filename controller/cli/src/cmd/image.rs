@@ -10,9 +10,9 @@ use std::{
 
 use anyhow::{Context, bail};
 use muster_api::{
-    BootFiles, ChangeTemplate, CommitImage, CreateTemplate, DiskLimits, Endpoint, Estimate, EstimateRequest, Image,
-    ImageFormat as Format, ImportByPath, ImportQuery, Job, JobState, NetworkMode, PullImage, TargetKind, Template,
-    Upload, Verb, WhenFull,
+    BootFiles, ChangeLimits, ChangeTemplate, CommitImage, CreateTemplate, DiskLimits, Endpoint, Estimate,
+    EstimateRequest, Image, ImageFormat as Format, ImportByPath, ImportQuery, Job, JobState, NetworkMode, PullImage,
+    TargetKind, Template, Upload, Verb, WhenFull,
 };
 use muster_common::{ByteLen, ErrorCode};
 
@@ -311,13 +311,18 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
             let template = client.template(&template).await?;
             print(session.output, &template, show_template)?;
         }
-        TemplateVerb::Change { template, image, applications, no_applications } => {
+        TemplateVerb::Change { template, image, applications, no_applications, limits } => {
             let change = ChangeTemplate {
                 image,
                 applications: (no_applications || !applications.is_empty()).then_some(applications),
+                system_limits: change_limits(limits.system_quota, limits.system_reserve, limits.system_when_full),
+                data_limits: change_limits(limits.data_quota, limits.data_reserve, limits.data_when_full),
+                tenant: limits.tenant,
             };
+            let limited = change.system_limits.is_some() || change.data_limits.is_some();
             let template = client.change_template(&template, &change, None).await?;
-            print(session.output, &template, |t| templates_table(std::slice::from_ref(t)))?;
+            print(session.output, &template, show_template)?;
+            eprintln!("muster: {}", who_gets_it(&template, limited));
         }
         TemplateVerb::Create { name, image, vcpus, memory, data, applications, limits } => {
             let create = CreateTemplate {
@@ -345,11 +350,40 @@ pub async fn template(session: &Session, verb: TemplateVerb) -> anyhow::Result<E
 }
 
 fn disk_limits(quota: Option<ByteLen>, reservation: Option<ByteLen>, when_full: args::WhenFull) -> DiskLimits {
-    let when_full = match when_full {
-        args::WhenFull::Pause => WhenFull::Pause,
-        args::WhenFull::Spill => WhenFull::Spill,
-    };
-    DiskLimits { quota, reservation, when_full }
+    DiskLimits { quota, reservation, when_full: when_full.into() }
+}
+
+/// None when nothing is to change.
+fn change_limits(
+    quota: Option<ByteLen>,
+    reservation: Option<ByteLen>,
+    when_full: Option<args::WhenFull>,
+) -> Option<ChangeLimits> {
+    let change = ChangeLimits { quota, reservation, when_full: when_full.map(Into::into) };
+    (change != ChangeLimits::default()).then_some(change)
+}
+
+impl From<args::WhenFull> for WhenFull {
+    fn from(when_full: args::WhenFull) -> WhenFull {
+        match when_full {
+            args::WhenFull::Pause => WhenFull::Pause,
+            args::WhenFull::Spill => WhenFull::Spill,
+        }
+    }
+}
+
+/// Whom a change of a template reaches, and whom it does not.
+fn who_gets_it(template: &Template, limited: bool) -> String {
+    let mut text = format!("VMs made from {} from now on get this", template.name);
+    match template.vms {
+        0 => {}
+        1 => text.push_str("; the VM made from it before stays as it is"),
+        vms => text.push_str(&format!("; the {vms} VMs made from it before stay as they are")),
+    }
+    if limited && template.vms > 0 {
+        text.push_str(" (`muster vm resize --quota` changes a quota of theirs, a new VM has new limits altogether)");
+    }
+    text
 }
 
 fn show_template(t: &Template) -> String {
