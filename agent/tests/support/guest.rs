@@ -61,12 +61,20 @@ pub struct Running {
     pub agent: Agent,
 }
 
-/// Starts one with a data disk of that size, up to its guest's agent. None without QEMU or images, where that is allowed.
-pub async fn running(seed: u64, transport: TransportChoice, data: ByteLen, budget: ByteLen) -> Option<Running> {
+/// Starts one with a data disk of that size and these application disks, up to its guest's agent. None without QEMU or
+/// images, where that is allowed.
+pub async fn running(
+    seed: u64,
+    transport: TransportChoice,
+    data: ByteLen,
+    applications: &[Vec<u8>],
+    budget: ByteLen,
+) -> Option<Running> {
     let images = guest_images()?;
     muster_common::logging::init(muster_common::logging::LogFormat::Text);
     let (network, depot, place) = (network(seed), Depot::start().await, Place::new(seed));
-    let template = desk_template(&depot, &images, Some(data), &[]);
+    let applications: Vec<_> = applications.iter().map(|bytes| depot.import(bytes.clone())).collect();
+    let template = desk_template(&depot, &images, Some(data), &applications);
     let mut config = place.config();
     config.hypervisor.uri = String::new();
     config.export.transport = transport;
