@@ -86,6 +86,10 @@ async fn a_debian_guest_boots_from_memory_and_survives_reset_backup_and_a_kill()
     let (_, name) = w.read("/proc/sys/kernel/hostname").await;
     assert_eq!(name.trim(), "desk-1");
 
+    // its balloon driver reports free pages (feature 5)
+    let features = "cut -c6 /sys/bus/virtio/drivers/virtio_balloon/virtio*/features";
+    assert_eq!(w.exec(&["/bin/sh", "-c", features]).await, (0, "1\n".into()));
+
     // what the disks do is said each second
     let mut disks = w.controller.bus.subscriber::<VolumeMetrics>(256).unwrap();
     let mut seen = || std::iter::from_fn(|| disks.try_recv()).filter_map(|s| s.value()).find(|m| m.target == "vda");

@@ -412,6 +412,19 @@ async fn the_guest_is_reached_through_its_agent_or_it_is_said_that_there_is_none
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_waits_for_a_guest_agent_that_is_there_and_slow() {
+    let place = Place::new(34);
+    let (config, hypervisor) = (place.config(), Balky::new(&place.hypervisor));
+    let mut o = one_on(34, place, config, hypervisor.clone()).await;
+    o.done(Verb::PowerOn, &[]).await;
+    o.controller.system(&o.vm.clone(), "guest up", |s| s.guest_up).await;
+    hypervisor.silent_ms.store(5_000, Ordering::Relaxed);
+    o.done(Verb::FileWrite, &[("path", "/etc/motd"), ("content", "aGVsbG8=")]).await;
+    hypervisor.pings_to_fail.store(2, Ordering::Relaxed);
+    o.done(Verb::Exec, &[("argv", "[\"cat\", \"/etc/motd\"]")]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn duplicates_and_unknown_things_are_refused_by_name() {
     let mut o = one(16).await;
     let template = template(&o.image, Some(1));

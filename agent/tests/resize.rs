@@ -32,7 +32,7 @@ struct Desk {
 impl Desk {
     async fn begin(seed: u64, transport: TransportChoice) -> Option<(Self, Agent)> {
         let Running { world, network, config, store, place, agent } =
-            running(seed, transport, ByteLen::mib(BEGIN), ByteLen::gib(1)).await?;
+            running(seed, transport, ByteLen::mib(BEGIN), &[], ByteLen::gib(1)).await?;
         Some((Self { world, network, config, store, _place: place }, agent))
     }
 

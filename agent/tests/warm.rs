@@ -37,7 +37,7 @@ struct Warm {
 impl Warm {
     async fn begin(seed: u64, transport: TransportChoice, budget: ByteLen) -> Option<(Self, Agent)> {
         let Running { world, network, config, store, place, agent } =
-            running(seed, transport, ByteLen::mib(64), budget).await?;
+            running(seed, transport, ByteLen::mib(64), &[], budget).await?;
         Some((Self { world, network, config, store, _place: place }, agent))
     }
 

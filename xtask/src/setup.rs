@@ -10,7 +10,7 @@ use crate::run::{Context, cache_dir, is_root};
 const PACKAGES: &[(&str, &str)] = &[
     // build
     ("gcc", "build: crates that compile C"),
-    ("libc6-dev", "build: crates that compile C"),
+    ("libc6-dev", "build: crates that compile C; test: a static program for a guest"),
     ("pkg-config", "build: finds libvirt"),
     ("libvirt-dev", "build: the agent's hypervisor driver"),
     // agent, and tests with real guests

@@ -1,26 +1,46 @@
 //! Through the guest agent.
 
+use std::time::Duration;
+
 use muster_common::ErrorCode;
 use muster_idl::arguments::ExecResult;
 use muster_virt::{ExecRequest, HypervisorErrorKind, Lane};
+use tokio::time::Instant;
 
 use super::{Done, Failure, Work};
 use crate::arguments;
 
 /// What of a program's output travels.
 const OUTPUT_LIMIT: usize = 64 << 10;
+/// How long an order waits for an agent that is there and slow: as long as for any later step of what it does. A guest that
+/// works its disk under translation, on a loaded machine, is silent for seconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Between an ask that failed before its time and the next.
+const ASK_AGAIN: Duration = Duration::from_millis(250);
 
 impl Work {
     async fn need_guest(&self) -> Result<muster_common::VmId, Failure> {
         let vm = self.entry()?.record.vm;
-        if self.guest_answers(vm).await {
-            self.host.inventory.update(vm, |e| e.guest_up = true);
-            return Ok(vm);
+        let usual = self.host.config.timeouts.guest_agent();
+        let until = Instant::now() + PATIENCE.min(self.left());
+        loop {
+            // of a channel that nobody opened no answer will come
+            let there = self.entry()?.agent_connected == Some(true);
+            let left = until.saturating_duration_since(Instant::now());
+            let patience = if there { left.max(usual) } else { usual };
+            if self.guest_answers_within(vm, patience).await {
+                self.host.inventory.update(vm, |e| e.guest_up = true);
+                return Ok(vm);
+            }
+            if !there || Instant::now() >= until {
+                return Err(Failure::refused(
+                    ErrorCode::GuestAgent,
+                    "the guest agent does not answer: is qemu-guest-agent installed and running in the guest?",
+                ));
+            }
+            // libvirt gives up after 5 s where somebody else's question was not answered before
+            tokio::time::sleep(ASK_AGAIN).await;
         }
-        Err(Failure::refused(
-            ErrorCode::GuestAgent,
-            "the guest agent does not answer: is qemu-guest-agent installed and running in the guest?",
-        ))
     }
 
     pub(super) async fn exec(&self) -> Result<Done, Failure> {

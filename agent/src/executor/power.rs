@@ -287,9 +287,14 @@ impl Work {
 
     /// Asks the guest agent whether it is there, now.
     pub(super) async fn guest_answers(&self, vm: VmId) -> bool {
-        let timeout = self.host.config.timeouts.guest_agent();
-        let ping =
-            self.host.machines.call_within(Lane::Host, "guest ping", timeout * 2, move |h| h.guest_ping(vm, timeout));
+        self.guest_answers_within(vm, self.host.config.timeouts.guest_agent()).await
+    }
+
+    /// Asks it, and waits so long for the answer.
+    pub(super) async fn guest_answers_within(&self, vm: VmId, timeout: Duration) -> bool {
+        // the observer may be asking just now: it goes first
+        let all = timeout + self.host.config.timeouts.guest_agent();
+        let ping = self.host.machines.call_within(Lane::Host, "guest ping", all, move |h| h.guest_ping(vm, timeout));
         match ping.await {
             Ok(up) => up,
             Err(e) => {

@@ -61,12 +61,20 @@ pub struct Running {
     pub agent: Agent,
 }
 
-/// Starts one with a data disk of that size, up to its guest's agent. None without QEMU or images, where that is allowed.
-pub async fn running(seed: u64, transport: TransportChoice, data: ByteLen, budget: ByteLen) -> Option<Running> {
+/// Starts one with a data disk of that size and these application disks, up to its guest's agent. None without QEMU or
+/// images, where that is allowed.
+pub async fn running(
+    seed: u64,
+    transport: TransportChoice,
+    data: ByteLen,
+    applications: &[Vec<u8>],
+    budget: ByteLen,
+) -> Option<Running> {
     let images = guest_images()?;
     muster_common::logging::init(muster_common::logging::LogFormat::Text);
     let (network, depot, place) = (network(seed), Depot::start().await, Place::new(seed));
-    let template = desk_template(&depot, &images, Some(data), &[]);
+    let applications: Vec<_> = applications.iter().map(|bytes| depot.import(bytes.clone())).collect();
+    let template = desk_template(&depot, &images, Some(data), &applications);
     let mut config = place.config();
     config.hypervisor.uri = String::new();
     config.export.transport = transport;
@@ -100,7 +108,10 @@ pub struct World {
 
 impl World {
     pub async fn verdict(&mut self, verb: Verb, arguments: &[(&str, &str)]) -> Verdict {
-        let command = self.controller.command(verb, vec![self.vm.clone()], arguments, BOOT);
+        self.verdict_within(verb, arguments, BOOT).await
+    }
+    async fn verdict_within(&mut self, verb: Verb, arguments: &[(&str, &str)], time: Duration) -> Verdict {
+        let command = self.controller.command(verb, vec![self.vm.clone()], arguments, time);
         self.controller.publish(&command);
         let key = (command.id.clone(), self.vm.host.clone(), self.vm.vm.clone());
         let started = Instant::now();
@@ -111,7 +122,7 @@ impl World {
                 self.since_us = list[0].ended_at_us;
                 return list[0].clone();
             }
-            assert!(started.elapsed() < BOOT, "no verdict of {verb}");
+            assert!(started.elapsed() < time, "no verdict of {verb}");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -137,8 +148,12 @@ impl World {
         self.exec(&["cat", path]).await
     }
     pub async fn exec(&mut self, argv: &[&str]) -> (i32, String) {
+        self.exec_within(argv, BOOT).await
+    }
+    pub async fn exec_within(&mut self, argv: &[&str], time: Duration) -> (i32, String) {
         let argv = serde_json::to_string(argv).unwrap();
-        let verdict = self.done(Verb::Exec, &[("argv", &argv)]).await;
+        let verdict = self.verdict_within(Verb::Exec, &[("argv", &argv)], time).await;
+        assert_eq!(verdict.outcome, Outcome::Done, "exec: {} {}", verdict.code, verdict.message);
         let result: ExecResult = serde_json::from_str(&verdict.result).unwrap();
         (result.exit_status, result.stdout)
     }

@@ -341,7 +341,10 @@ fn render_devices(x: &mut String, spec: &DomainSpec, agent_sockets: Option<&Path
     } else {
         writeln!(x, "    <video><model type='none'/></video>")?;
     }
-    writeln!(x, "    <memballoon model='virtio' autodeflate='on'><stats period='5'/></memballoon>")?;
+    // what the guest frees goes back to the host. Not of reserved huge pages: one given back may be gone when the guest wants
+    // it again, and that ends QEMU
+    let reporting = if spec.huge_pages { "" } else { " freePageReporting='on'" };
+    writeln!(x, "    <memballoon model='virtio' autodeflate='on'{reporting}><stats period='5'/></memballoon>")?;
     writeln!(x, "    <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>")
 }
 
@@ -467,6 +470,15 @@ mod tests {
         let xml = domain_xml(&spec, QEMU).unwrap();
         assert!(xml.contains("<hugepages/>") && xml.contains("mode='shared'"), "{xml}");
         assert!(!domain_xml(&spec, Flavour::Test).unwrap().contains("memoryBacking"));
+    }
+
+    #[test]
+    fn free_pages_go_back_to_the_host_unless_they_are_reserved_ones() {
+        let mut spec = desktop();
+        assert!(domain_xml(&spec, QEMU).unwrap().contains(" freePageReporting='on'"));
+        spec.huge_pages = true;
+        let xml = domain_xml(&spec, QEMU).unwrap();
+        assert!(xml.contains("<memballoon ") && !xml.contains("freePageReporting"), "{xml}");
     }
 
     #[test]
