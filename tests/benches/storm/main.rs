@@ -15,6 +15,7 @@
 //! |---|---|
 //! | muster, vhost-user | `VhostServer` in this process over clones in a memory-resident store, as local VMs have it; the image is there, as on a host that runs it |
 //! | muster, NBD | the same over `NbdServer` |
+//! | plain memory, vhost-user | `VhostServer` over one array with the image's bytes that all clients share, and no store: what the transport and the machine's memory allow |
 //! | qcow2, vhost-user | for each client a qcow2 overlay on disk with the raw image as backing file, and a `qemu-storage-daemon`, both past the page cache |
 //! | qcow2, NBD | the same with a `qemu-nbd --cache=none` |
 //! | nbd-server | one `nbd-server` with `copyonwrite` on the raw image: a process and a difference file for each client |
@@ -28,7 +29,7 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -50,9 +51,12 @@ mod guest;
 #[path = "../nbd/mod.rs"]
 mod nbd;
 mod peers;
+#[path = "../../../agent/export/benches/peers/ram.rs"]
+mod ram;
 
 use clients::{Client, drive};
 use peers::Peer;
+use ram::Ram;
 
 /// A boot takes a tenth of it under TCG.
 const BOOT_LIMIT: Duration = Duration::from_secs(120);
@@ -70,6 +74,7 @@ struct Bench {
     registry: Arc<Registry>,
     socket: PathBuf,
     vhost: VhostServer,
+    memory: OnceLock<Arc<Ram>>,
 }
 
 struct Load {
@@ -107,7 +112,7 @@ fn main() -> Result<()> {
     let socket = dir.path().join("muster.sock");
     let server = NbdServer::start(NbdConfig::unix(&socket), registry.clone())?;
     let vhost = VhostServer::start(VhostConfig::new(dir.path().join("vu")), registry.clone())?;
-    let bench = Bench { dir, image, store, digest, registry, socket, vhost };
+    let bench = Bench { dir, image, store, digest, registry, socket, vhost, memory: OnceLock::new() };
 
     let trace = bench.record(&guest)?;
     let bytes = trace.to_bytes();

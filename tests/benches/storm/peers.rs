@@ -4,6 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
     time::Duration,
 };
 
@@ -11,25 +12,29 @@ use anyhow::{Context, Result, ensure};
 use muster_common::VolumeId;
 use muster_store::VolumeSpec;
 use muster_tests::{Process, wait_for};
+use parking_lot::RwLock;
 
-use crate::{Bench, START_LIMIT, clients::Place, guest};
+use crate::{Bench, START_LIMIT, clients::Place, guest, ram::Ram};
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
     Muster,
     MusterNbd,
+    Memory,
     Qcow2,
     Qcow2Nbd,
     NbdServer,
 }
 
 impl Peer {
-    pub const ALL: [Peer; 5] = [Peer::Muster, Peer::MusterNbd, Peer::Qcow2, Peer::Qcow2Nbd, Peer::NbdServer];
+    pub const ALL: [Peer; 6] =
+        [Peer::Muster, Peer::MusterNbd, Peer::Memory, Peer::Qcow2, Peer::Qcow2Nbd, Peer::NbdServer];
 
     pub fn as_str(self) -> &'static str {
         match self {
             Peer::Muster => "muster, vhost-user",
             Peer::MusterNbd => "muster, NBD",
+            Peer::Memory => "plain memory, vhost-user",
             Peer::Qcow2 => "qcow2, vhost-user",
             Peer::Qcow2Nbd => "qcow2, NBD",
             Peer::NbdServer => "nbd-server",
@@ -39,7 +44,7 @@ impl Peer {
     /// What must be installed for it.
     pub fn program(self) -> Option<&'static str> {
         match self {
-            Peer::Muster | Peer::MusterNbd => None,
+            Peer::Muster | Peer::MusterNbd | Peer::Memory => None,
             Peer::Qcow2 => Some("qemu-storage-daemon"),
             Peer::Qcow2Nbd => Some("qemu-nbd"),
             Peer::NbdServer => Some("nbd-server"),
@@ -52,7 +57,8 @@ pub struct Served<'a> {
     bench: &'a Bench,
     /// Where client n connects.
     pub places: Vec<Place>,
-    volumes: Vec<(VolumeId, String)>,
+    /// Names of exports of ours, and the volumes behind them.
+    exports: Vec<(String, Option<VolumeId>)>,
     processes: Vec<Process>,
     /// A server that puts itself into the background, by its pid.
     daemon: Option<u32>,
@@ -77,7 +83,7 @@ impl Served<'_> {
 
     /// Bytes its processes have caused to be read from block devices.
     pub fn disk_bytes(&self) -> Result<u64> {
-        let pids = if self.volumes.is_empty() { self.pids() } else { vec![std::process::id()] };
+        let pids = if self.exports.is_empty() { self.pids() } else { vec![std::process::id()] };
         pids.into_iter().map(guest::read_bytes).sum()
     }
 }
@@ -98,11 +104,11 @@ impl Drop for Served<'_> {
                 (!Path::new(&format!("/proc/{pid}/exe")).exists()).then_some(())
             });
         }
-        for (id, name) in &self.volumes {
+        for (name, volume) in &self.exports {
             // those served over NBD are not known there
             let _ = self.bench.vhost.withdraw(name, Duration::from_secs(5));
             let gone = self.bench.registry.remove(name, Duration::from_secs(5)).is_ok();
-            let gone = gone && self.bench.store.delete_volume(*id).is_ok();
+            let gone = gone && volume.is_none_or(|id| self.bench.store.delete_volume(id).is_ok());
             assert!(gone, "take {name} away");
         }
         for file in &self.files {
@@ -116,7 +122,7 @@ impl Bench {
         let mut served = Served {
             bench: self,
             places: Vec::new(),
-            volumes: Vec::new(),
+            exports: Vec::new(),
             processes: Vec::new(),
             daemon: None,
             files: Vec::new(),
@@ -132,7 +138,22 @@ impl Bench {
                     } else {
                         Place::Nbd { socket: self.socket.clone(), export: name.clone() }
                     });
-                    served.volumes.push((id, name));
+                    served.exports.push((name, Some(id)));
+                }
+            }
+            Peer::Memory => {
+                let device = match self.memory.get() {
+                    Some(device) => device.clone(),
+                    None => {
+                        let device = Arc::new(Ram(RwLock::new(fs::read(&self.image)?)));
+                        self.memory.get_or_init(|| device).clone()
+                    }
+                };
+                for n in 0..clients {
+                    let name = format!("memory{n}");
+                    self.registry.add(&name, device.clone())?;
+                    served.places.push(Place::VhostUser { socket: self.vhost.serve(&name)? });
+                    served.exports.push((name, None));
                 }
             }
             Peer::Qcow2 | Peer::Qcow2Nbd => {
