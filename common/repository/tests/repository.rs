@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use muster_common::{ByteLen, Digest, ErrorCode};
+use muster_common::{ByteLen, Chain, Digest, ErrorCode};
 use muster_repository::{
     CHUNK_SIZE, Defect, IngestOptions, Ingested, Kept, Progress, Repository, RepositoryError,
     estimate::{Estimator, estimate},
@@ -32,11 +32,11 @@ fn put(repository: &Repository, bytes: &[u8]) -> Ingested {
 }
 
 fn read(repository: &Repository, digest: &Digest) -> Result<Vec<u8>, String> {
-    let manifest = repository.manifest(digest).map_err(|e| e.to_string())?;
+    let manifest = repository.manifest(digest).map_err(|e| Chain(&e).to_string())?;
     let reader = repository.reader(Arc::new(manifest));
     let mut bytes = vec![0xaa; reader.size().0 as usize];
     for (i, piece) in bytes.chunks_mut(70_001).enumerate() {
-        reader.read_at(i as u64 * 70_001, piece).map_err(|e| e.to_string())?;
+        reader.read_at(i as u64 * 70_001, piece).map_err(|e| Chain(&e).to_string())?;
     }
     Ok(bytes)
 }
@@ -509,12 +509,22 @@ fn referenced(repository: &Repository) -> HashSet<Digest> {
     .collect()
 }
 
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn sessions_readers_forgetting_and_pruning_at_the_same_time_lose_nothing() {
     let (storage, repository) = memory();
     let base = put(&repository, &image(&(1..=40).collect::<Vec<_>>()));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        // also when a writer panics: the scope waits for the other threads, and they wait for this
+        let stopping = SetOnDrop(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 repository.prune().unwrap();
@@ -547,7 +557,7 @@ fn sessions_readers_forgetting_and_pruning_at_the_same_time_lose_nothing() {
         for writer in writers {
             writer.join().unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stopping);
     });
     for repository in [repository, Repository::open(storage).unwrap()] {
         for digest in referenced(&repository) {
