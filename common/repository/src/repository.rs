@@ -105,6 +105,15 @@ impl Pins {
         self.touched.as_ref().is_some_and(|t| t.contains(&pack)) || self.sessions.values().any(|s| s.contains(&pack))
     }
 
+    /// Sessions that rely on a copy in one of these packs rely on the one in `kept` from now on.
+    pub fn follow(&mut self, dropped: &[PackNumber], kept: PackNumber) {
+        for packs in self.sessions.values_mut() {
+            if dropped.iter().any(|pack| packs.contains(pack)) {
+                packs.insert(kept);
+            }
+        }
+    }
+
     pub fn begin_prune(&mut self) {
         self.touched = Some(HashSet::new());
     }
@@ -160,11 +169,12 @@ impl Index {
             .collect()
     }
 
-    /// Keeps only this copy of the chunk.
-    pub fn keep_only(&mut self, digest: &Digest, copy: Location) {
-        self.chunks.insert(*digest, copy);
-        self.duplicates.remove(digest);
+    /// Keeps only this copy of the chunk. The packs of those that were dropped.
+    pub fn keep_only(&mut self, digest: &Digest, copy: Location) -> Vec<PackNumber> {
+        let first = self.chunks.insert(*digest, copy);
+        let others = self.duplicates.remove(digest).unwrap_or_default();
         self.bad.remove(digest);
+        first.into_iter().chain(others).filter(|at| *at != copy).map(|at| at.pack).collect()
     }
 
     /// Forgets a pack; copies elsewhere take over. Refused (false) when a chunk of `live` would have no copy left.

@@ -509,6 +509,35 @@ fn referenced(repository: &Repository) -> HashSet<Digest> {
     .collect()
 }
 
+#[test]
+fn a_chunk_that_a_session_wrote_stays_when_prune_keeps_another_copy_of_it() {
+    let (storage, repository) = memory();
+    // enough to fill a pack, which is then stored before the session publishes; its first chunk is shared
+    let bytes: Vec<u8> = (0..600u32).flat_map(|n| [n + 1; CHUNK_SIZE / 4]).flat_map(u32::to_le_bytes).collect();
+    let mut session = repository.session();
+    let mut other = None;
+    let done = session
+        .ingest(&bytes, &IngestOptions::default(), &mut |_| {
+            // the session has looked for its first chunk, and has stored nothing yet
+            other.get_or_insert_with(|| put(&repository, &bytes[..CHUNK_SIZE]));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    let other = other.unwrap();
+    assert_eq!((done.new_chunks, other.new_chunks), (600, 1), "both store the shared chunk");
+    assert_eq!(storage.list("packs/").unwrap().len(), 2);
+    // of the two copies the other image's is kept, then that image goes
+    repository.prune().unwrap();
+    repository.forget(&other.digest).unwrap();
+    repository.prune().unwrap();
+    session.publish("mine", b"").unwrap();
+    assert!(read(&repository, &done.digest).unwrap() == bytes);
+    repository.prune().unwrap();
+    for repository in [repository, Repository::open(storage).unwrap()] {
+        assert!(repository.verify(&done.digest, &mut go).unwrap().is_good());
+    }
+}
+
 struct SetOnDrop<'a>(&'a AtomicBool);
 
 impl Drop for SetOnDrop<'_> {
