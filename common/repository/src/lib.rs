@@ -32,7 +32,7 @@
 //! | | session (ingest) | read, verify | forget | prune |
 //! |---|---|---|---|---|
 //! | session | may store a chunk twice (inv. 4) | independent | independent | prune leaves packs that a session uses or used since prune began |
-//! | read | | independent | independent | a moved chunk is looked up again; a forgotten image stops being readable |
+//! | read | | independent | independent | a moved chunk is looked up again, as often as it moves; a forgotten image stops being readable |
 //! | forget | | | independent | what is forgotten during a prune goes with this one or the next |
 //! | prune | | | | one at a time: the second waits |
 //!

@@ -5,8 +5,8 @@ use std::{
     collections::HashSet,
     ops::ControlFlow,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -16,7 +16,7 @@ use muster_repository::{
     estimate::{Estimator, estimate},
     source::{ReadAt, SourceError, Span},
     storage::{
-        DirectoryStorage, MemoryStorage, Storage,
+        DirectoryStorage, MemoryStorage, Storage, StorageError,
         fault::{Fault, FaultStorage},
     },
 };
@@ -507,6 +507,74 @@ fn referenced(repository: &Repository) -> HashSet<Digest> {
         Kept::Blob(_) => None,
     })
     .collect()
+}
+
+/// Calls a hook before each read of a part of an object, except for reads that the hook makes itself.
+#[derive(Default)]
+struct Hooked {
+    below: MemoryStorage,
+    before_read: Mutex<Option<Box<dyn FnMut() + Send>>>,
+}
+
+impl Storage for Hooked {
+    fn put(&self, key: &str, bytes: &[u8]) -> Result<(), StorageError> {
+        self.below.put(key, bytes)
+    }
+    fn get(&self, key: &str) -> Result<Vec<u8>, StorageError> {
+        self.below.get(key)
+    }
+    fn get_range(&self, key: &str, offset: u64, len: usize) -> Result<Vec<u8>, StorageError> {
+        let hook = self.before_read.lock().unwrap().take();
+        if let Some(mut hook) = hook {
+            hook();
+            *self.before_read.lock().unwrap() = Some(hook);
+        }
+        self.below.get_range(key, offset, len)
+    }
+    fn len(&self, key: &str) -> Result<u64, StorageError> {
+        self.below.len(key)
+    }
+    fn list(&self, prefix: &str) -> Result<Vec<String>, StorageError> {
+        self.below.list(prefix)
+    }
+    fn delete(&self, key: &str) -> Result<(), StorageError> {
+        self.below.delete(key)
+    }
+}
+
+#[test]
+fn a_read_follows_its_chunk_as_often_as_prune_moves_it() {
+    let storage = Arc::new(Hooked::default());
+    let repository = Repository::open(storage.clone()).unwrap();
+    // each image is the beginning of the larger one, so that without the larger one its pack is rewritten
+    let sizes = [243, 81, 27, 9, 3, 1].map(|n: u8| image(&(1..=n).collect::<Vec<_>>()));
+    let mut images: Vec<_> = sizes.iter().map(|bytes| put(&repository, bytes).digest).collect();
+    let smallest = images.pop().unwrap();
+    let moves = Arc::new(AtomicU64::new(0));
+    let (pruned, counted) = (repository.clone(), moves.clone());
+    let mut images = images.into_iter();
+    *storage.before_read.lock().unwrap() = Some(Box::new(move || {
+        if let Some(digest) = images.next() {
+            pruned.forget(&digest).unwrap();
+            counted.fetch_add(pruned.prune().unwrap().packs_rewritten, Ordering::Relaxed);
+        }
+    }));
+    let bytes = read(&repository, &smallest);
+    *storage.before_read.lock().unwrap() = None;
+    assert_eq!(moves.load(Ordering::Relaxed), 5);
+    assert_eq!(bytes.unwrap(), image(&[1]));
+}
+
+#[test]
+fn a_pack_that_is_gone_is_noticed_and_a_new_ingest_repairs_its_images() {
+    let (storage, repository) = memory();
+    let bytes = image(&[1, 2]);
+    let done = put(&repository, &bytes);
+    storage.delete(&storage.list("packs/").unwrap()[0]).unwrap();
+    let report = repository.verify(&done.digest, &mut go).unwrap();
+    assert!(report.bad.iter().all(|b| b.defect == Defect::Missing) && report.bad.len() == 2);
+    assert_eq!(put(&repository, &bytes).new_chunks, 2);
+    assert_eq!(read(&repository, &done.digest).unwrap(), bytes);
 }
 
 #[test]
