@@ -223,8 +223,7 @@ impl Session {
             return Ok(ByteLen::ZERO);
         }
         if self.pack.is_full() {
-            let sealed = self.pack.seal();
-            self.repository.inner.store_pack(Some(self.id), sealed)?;
+            self.store_pack()?;
         }
         self.pack.push(*digest, bytes);
         self.pending.insert(*digest);
@@ -254,13 +253,19 @@ impl Session {
         Ok(digest)
     }
 
+    /// Stores the chunks that wait for their pack to fill.
+    pub(crate) fn store_pack(&mut self) -> Result<(), RepositoryError> {
+        if !self.pack.is_empty() {
+            self.repository.inner.store_pack(Some(self.id), self.pack.seal())?;
+        }
+        Ok(())
+    }
+
     /// Makes all of it durable and, as the last step, visible under `name`. Publishing the same again is fine; other content
     /// under an existing name is refused.
     pub fn publish(mut self, name: &str, payload: &[u8]) -> Result<(), RepositoryError> {
         crate::reference::check_name(name)?;
-        if !self.pack.is_empty() {
-            self.repository.inner.store_pack(Some(self.id), self.pack.seal())?;
-        }
+        self.store_pack()?;
         let reference = Reference { kept: std::mem::take(&mut self.kept), payload: payload.to_vec() };
         self.repository.inner.publish(name, &reference, &self.blobs, &self.manifests)
     }

@@ -24,7 +24,7 @@
 //!    there; what a crash leaves over is garbage that `prune` removes.
 //! 3. No bytes leave the repository unverified: each read hashes what it read and compares it with the name.
 //! 4. A chunk may stand in two packs (concurrent sessions, a crash in `prune`, a repair). `prune` drops a copy only after it
-//!    read the other one and found it good.
+//!    read the other one and found it good. A session that relied on the dropped copy relies on the other one then.
 //! 5. One [`Repository`] (with its clones) works on one storage; [`storage::DirectoryStorage`] holds a lock for it.
 //!
 //! Concurrent operations:
@@ -32,7 +32,7 @@
 //! | | session (ingest) | read, verify | forget | prune |
 //! |---|---|---|---|---|
 //! | session | may store a chunk twice (inv. 4) | independent | independent | prune leaves packs that a session uses or used since prune began |
-//! | read | | independent | independent | a moved chunk is looked up again; a forgotten image stops being readable |
+//! | read | | independent | independent | a moved chunk is looked up again, as often as it moves; a forgotten image stops being readable |
 //! | forget | | | independent | what is forgotten during a prune goes with this one or the next |
 //! | prune | | | | one at a time: the second waits |
 //!

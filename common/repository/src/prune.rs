@@ -7,8 +7,9 @@
 //!    packs are durable, then the index points there, then the old ones are removed.
 //!
 //! A session that runs meanwhile is safe because each pack it wrote or found a chunk in is pinned, and stays pinned for a
-//! prune that began before the session ended. One unreadable reference or kept manifest stops the prune before anything of
-//! step 4: what it keeps is not known.
+//! prune that began before the session ended. When step 3 drops a copy in such a pack, the pack of the kept copy is pinned
+//! for the session, too: later prunes may find nobody else who needs that copy. One unreadable reference or kept manifest
+//! stops the prune before anything of step 4: what it keeps is not known.
 
 use std::collections::HashSet;
 
@@ -166,7 +167,10 @@ impl Repository {
         for digest in duplicated.iter().filter(|d| live.contains(d)) {
             let copies = inner.index.read().copies(digest);
             if let Some((good, _)) = copies.iter().find(|(at, key)| inner.read_copy(digest, at, key).is_ok()) {
-                inner.index.write().keep_only(digest, *good);
+                // a session may have written a dropped copy, and who keeps this one may forget it before the session publishes
+                let mut index = inner.index.write();
+                let dropped = index.keep_only(digest, *good);
+                inner.pins.lock().follow(&dropped, good.pack);
             }
         }
     }
@@ -190,5 +194,204 @@ impl Repository {
             builder.push(entry.digest, &bytes);
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::{HashSet, VecDeque},
+        sync::{
+            Arc,
+            atomic::{AtomicBool, AtomicUsize, Ordering},
+        },
+    };
+
+    use muster_common::{ByteLen, Digest};
+    use parking_lot::Mutex;
+    use proptest::prelude::*;
+
+    use crate::{
+        CHUNK_SIZE, ManifestBuilder, Repository, Session,
+        storage::{MemoryStorage, Storage, StorageError},
+    };
+
+    /// What happens; the first number is a session's place.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Put(usize, u8),
+        /// Stores the session's pack, as if it were full.
+        Store(usize),
+        Publish(usize),
+        Abandon(usize),
+        Forget(usize),
+        /// The next steps happen in the middle of it, one before each access to a pack.
+        Prune(usize),
+        Nothing,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let session = 0..3usize;
+        prop_oneof![
+            6 => (session.clone(), 1..9u8).prop_map(|(s, chunk)| Step::Put(s, chunk)),
+            3 => session.clone().prop_map(Step::Store),
+            2 => session.clone().prop_map(Step::Publish),
+            1 => session.prop_map(Step::Abandon),
+            3 => any::<usize>().prop_map(Step::Forget),
+            4 => (0..9usize).prop_map(Step::Prune),
+            2 => Just(Step::Nothing),
+        ]
+    }
+
+    struct World {
+        repository: Repository,
+        steps: VecDeque<Step>,
+        sessions: [Option<(Session, Vec<u8>)>; 3],
+        published: Vec<(String, Vec<u8>)>,
+        names: u32,
+    }
+
+    fn chunk(n: u8) -> (Digest, Vec<u8>) {
+        let bytes = vec![n; CHUNK_SIZE];
+        (crate::digest_of(&bytes), bytes)
+    }
+
+    impl World {
+        fn act(&mut self, step: Step) {
+            match step {
+                Step::Put(s, n) => {
+                    let (session, chunks) =
+                        self.sessions[s].get_or_insert_with(|| (self.repository.session(), Vec::new()));
+                    let (digest, bytes) = chunk(n);
+                    session.put_chunk(&digest, &bytes).unwrap();
+                    chunks.push(n);
+                }
+                Step::Store(s) => {
+                    if let Some((session, _)) = &mut self.sessions[s] {
+                        session.store_pack().unwrap();
+                    }
+                }
+                Step::Publish(s) => {
+                    let Some((mut session, chunks)) = self.sessions[s].take() else { return };
+                    let mut manifest = ManifestBuilder::new(ByteLen((chunks.len() * CHUNK_SIZE) as u64));
+                    for (i, n) in chunks.iter().enumerate() {
+                        manifest.push(i as u64, chunk(*n).0);
+                    }
+                    session.put_manifest(&manifest.finish().encode()).unwrap();
+                    self.names += 1;
+                    let name = format!("image-{}", self.names);
+                    session.publish(&name, b"").unwrap();
+                    self.published.push((name, chunks));
+                }
+                Step::Abandon(s) => self.sessions[s] = None,
+                Step::Forget(at) if !self.published.is_empty() => {
+                    let (name, _) = self.published.remove(at % self.published.len());
+                    self.repository.forget_reference(&name).unwrap();
+                }
+                Step::Forget(_) | Step::Prune(_) | Step::Nothing => {}
+            }
+        }
+
+        fn check(&self, repository: &Repository) {
+            for n in self.published.iter().flat_map(|(_, chunks)| chunks).collect::<HashSet<_>>() {
+                let (digest, bytes) = chunk(*n);
+                assert!(repository.read_chunk(&digest).unwrap() == bytes);
+            }
+        }
+    }
+
+    /// While a prune runs, does the world's next steps before accesses to packs.
+    #[derive(Default)]
+    struct Interleaved {
+        below: MemoryStorage,
+        world: Mutex<Option<Arc<Mutex<World>>>>,
+        left: AtomicUsize,
+        inside: AtomicBool,
+    }
+
+    impl Interleaved {
+        fn before(&self, key: &str) {
+            if !key.starts_with("packs/") || self.inside.swap(true, Ordering::Relaxed) {
+                return;
+            }
+            let more = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok();
+            if more && let Some(world) = &*self.world.lock() {
+                let mut world = world.lock();
+                if let Some(step) = world.steps.pop_front() {
+                    world.act(step);
+                    world.check(&world.repository);
+                }
+            }
+            self.inside.store(false, Ordering::Relaxed);
+        }
+    }
+
+    impl Storage for Interleaved {
+        fn put(&self, key: &str, bytes: &[u8]) -> Result<(), StorageError> {
+            self.before(key);
+            self.below.put(key, bytes)
+        }
+        fn get(&self, key: &str) -> Result<Vec<u8>, StorageError> {
+            self.below.get(key)
+        }
+        fn get_range(&self, key: &str, offset: u64, len: usize) -> Result<Vec<u8>, StorageError> {
+            self.before(key);
+            self.below.get_range(key, offset, len)
+        }
+        fn len(&self, key: &str) -> Result<u64, StorageError> {
+            self.before(key);
+            self.below.len(key)
+        }
+        fn list(&self, prefix: &str) -> Result<Vec<String>, StorageError> {
+            self.below.list(prefix)
+        }
+        fn delete(&self, key: &str) -> Result<(), StorageError> {
+            self.before(key);
+            self.below.delete(key)
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(256))]
+        #[test]
+        fn nothing_published_is_lost_and_nothing_forgotten_stays_whatever_happens_between_the_steps_of_a_prune(
+            steps in proptest::collection::vec(step(), 1..60),
+        ) {
+            let storage = Arc::new(Interleaved::default());
+            let repository = Repository::open(storage.clone()).unwrap();
+            let world = Arc::new(Mutex::new(World {
+                repository: repository.clone(),
+                steps: steps.into(),
+                sessions: Default::default(),
+                published: Vec::new(),
+                names: 0,
+            }));
+            *storage.world.lock() = Some(world.clone());
+            loop {
+                let Some(step) = world.lock().steps.pop_front() else { break };
+                if let Step::Prune(steps) = step {
+                    storage.left.store(steps, Ordering::Relaxed);
+                    repository.prune().unwrap();
+                    storage.left.store(0, Ordering::Relaxed);
+                } else {
+                    world.lock().act(step);
+                }
+                world.lock().check(&repository);
+            }
+            *storage.world.lock() = None;
+            let mut world = Arc::into_inner(world).unwrap().into_inner();
+            for s in 0..3 {
+                world.act(Step::Publish(s));
+            }
+            world.check(&repository);
+            repository.prune().unwrap();
+            world.check(&repository);
+            world.check(&Repository::open(storage.clone()).unwrap());
+            while !world.published.is_empty() {
+                world.act(Step::Forget(0));
+            }
+            repository.prune().unwrap();
+            prop_assert_eq!(storage.list("").unwrap(), ["format"]);
+        }
     }
 }

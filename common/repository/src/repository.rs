@@ -105,6 +105,15 @@ impl Pins {
         self.touched.as_ref().is_some_and(|t| t.contains(&pack)) || self.sessions.values().any(|s| s.contains(&pack))
     }
 
+    /// Sessions that rely on a copy in one of these packs rely on the one in `kept` from now on.
+    pub fn follow(&mut self, dropped: &[PackNumber], kept: PackNumber) {
+        for packs in self.sessions.values_mut() {
+            if dropped.iter().any(|pack| packs.contains(pack)) {
+                packs.insert(kept);
+            }
+        }
+    }
+
     pub fn begin_prune(&mut self) {
         self.touched = Some(HashSet::new());
     }
@@ -160,11 +169,12 @@ impl Index {
             .collect()
     }
 
-    /// Keeps only this copy of the chunk.
-    pub fn keep_only(&mut self, digest: &Digest, copy: Location) {
-        self.chunks.insert(*digest, copy);
-        self.duplicates.remove(digest);
+    /// Keeps only this copy of the chunk. The packs of those that were dropped.
+    pub fn keep_only(&mut self, digest: &Digest, copy: Location) -> Vec<PackNumber> {
+        let first = self.chunks.insert(*digest, copy);
+        let others = self.duplicates.remove(digest).unwrap_or_default();
         self.bad.remove(digest);
+        first.into_iter().chain(others).filter(|at| *at != copy).map(|at| at.pack).collect()
     }
 
     /// Forgets a pack; copies elsewhere take over. Refused (false) when a chunk of `live` would have no copy left.
@@ -320,29 +330,28 @@ impl Repository {
 
     /// A chunk's bytes, verified. When one copy is damaged and there is another, that one is given.
     pub fn read_chunk(&self, digest: &Digest) -> Result<Vec<u8>, RepositoryError> {
-        let mut result = Err(RepositoryError::UnknownChunk { digest: *digest });
-        // a prune may move the chunk between look-up and read: then its old pack is gone, and the index knows the new one
-        for _ in 0..3 {
+        let unknown = || RepositoryError::UnknownChunk { digest: *digest };
+        loop {
             let copies = self.inner.index.read().copies(digest);
-            let mut moved = false;
+            let mut error = unknown();
             for (at, key) in &copies {
                 match self.inner.read_copy(digest, at, key) {
                     Ok(bytes) => return Ok(bytes),
-                    Err(RepositoryError::Storage(e)) if e.is_not_found() => {
-                        moved = true;
-                        result = Err(RepositoryError::UnknownChunk { digest: *digest });
-                    }
-                    Err(e) => result = Err(e),
+                    Err(RepositoryError::Storage(e)) if e.is_not_found() => error = unknown(),
+                    Err(e) => error = e,
                 }
             }
-            if !moved {
-                if !copies.is_empty() {
-                    self.inner.index.write().bad.insert(*digest);
-                }
-                break;
+            if copies.is_empty() {
+                return Err(error);
+            }
+            // prune moves chunks, and each time it may do so between look-up and read. It changes the index before it deletes
+            // a pack, and no pack number comes twice: copies that are still in the index were there all the time, and are lost
+            let mut index = self.inner.index.write();
+            if index.copies(digest) == copies {
+                index.bad.insert(*digest);
+                return Err(error);
             }
         }
-        result
     }
 
     /// The digests of all manifests in the storage, referenced or not yet removed.

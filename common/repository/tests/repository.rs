@@ -5,18 +5,18 @@ use std::{
     collections::HashSet,
     ops::ControlFlow,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
-use muster_common::{ByteLen, Digest, ErrorCode};
+use muster_common::{ByteLen, Chain, Digest, ErrorCode};
 use muster_repository::{
     CHUNK_SIZE, Defect, IngestOptions, Ingested, Kept, Progress, Repository, RepositoryError,
     estimate::{Estimator, estimate},
     source::{ReadAt, SourceError, Span},
     storage::{
-        DirectoryStorage, MemoryStorage, Storage,
+        DirectoryStorage, MemoryStorage, Storage, StorageError,
         fault::{Fault, FaultStorage},
     },
 };
@@ -32,11 +32,11 @@ fn put(repository: &Repository, bytes: &[u8]) -> Ingested {
 }
 
 fn read(repository: &Repository, digest: &Digest) -> Result<Vec<u8>, String> {
-    let manifest = repository.manifest(digest).map_err(|e| e.to_string())?;
+    let manifest = repository.manifest(digest).map_err(|e| Chain(&e).to_string())?;
     let reader = repository.reader(Arc::new(manifest));
     let mut bytes = vec![0xaa; reader.size().0 as usize];
     for (i, piece) in bytes.chunks_mut(70_001).enumerate() {
-        reader.read_at(i as u64 * 70_001, piece).map_err(|e| e.to_string())?;
+        reader.read_at(i as u64 * 70_001, piece).map_err(|e| Chain(&e).to_string())?;
     }
     Ok(bytes)
 }
@@ -509,12 +509,119 @@ fn referenced(repository: &Repository) -> HashSet<Digest> {
     .collect()
 }
 
+/// Calls a hook before each read of a part of an object, except for reads that the hook makes itself.
+#[derive(Default)]
+struct Hooked {
+    below: MemoryStorage,
+    before_read: Mutex<Option<Box<dyn FnMut() + Send>>>,
+}
+
+impl Storage for Hooked {
+    fn put(&self, key: &str, bytes: &[u8]) -> Result<(), StorageError> {
+        self.below.put(key, bytes)
+    }
+    fn get(&self, key: &str) -> Result<Vec<u8>, StorageError> {
+        self.below.get(key)
+    }
+    fn get_range(&self, key: &str, offset: u64, len: usize) -> Result<Vec<u8>, StorageError> {
+        let hook = self.before_read.lock().unwrap().take();
+        if let Some(mut hook) = hook {
+            hook();
+            *self.before_read.lock().unwrap() = Some(hook);
+        }
+        self.below.get_range(key, offset, len)
+    }
+    fn len(&self, key: &str) -> Result<u64, StorageError> {
+        self.below.len(key)
+    }
+    fn list(&self, prefix: &str) -> Result<Vec<String>, StorageError> {
+        self.below.list(prefix)
+    }
+    fn delete(&self, key: &str) -> Result<(), StorageError> {
+        self.below.delete(key)
+    }
+}
+
+#[test]
+fn a_read_follows_its_chunk_as_often_as_prune_moves_it() {
+    let storage = Arc::new(Hooked::default());
+    let repository = Repository::open(storage.clone()).unwrap();
+    // each image is the beginning of the larger one, so that without the larger one its pack is rewritten
+    let sizes = [243, 81, 27, 9, 3, 1].map(|n: u8| image(&(1..=n).collect::<Vec<_>>()));
+    let mut images: Vec<_> = sizes.iter().map(|bytes| put(&repository, bytes).digest).collect();
+    let smallest = images.pop().unwrap();
+    let moves = Arc::new(AtomicU64::new(0));
+    let (pruned, counted) = (repository.clone(), moves.clone());
+    let mut images = images.into_iter();
+    *storage.before_read.lock().unwrap() = Some(Box::new(move || {
+        if let Some(digest) = images.next() {
+            pruned.forget(&digest).unwrap();
+            counted.fetch_add(pruned.prune().unwrap().packs_rewritten, Ordering::Relaxed);
+        }
+    }));
+    let bytes = read(&repository, &smallest);
+    *storage.before_read.lock().unwrap() = None;
+    assert_eq!(moves.load(Ordering::Relaxed), 5);
+    assert_eq!(bytes.unwrap(), image(&[1]));
+}
+
+#[test]
+fn a_pack_that_is_gone_is_noticed_and_a_new_ingest_repairs_its_images() {
+    let (storage, repository) = memory();
+    let bytes = image(&[1, 2]);
+    let done = put(&repository, &bytes);
+    storage.delete(&storage.list("packs/").unwrap()[0]).unwrap();
+    let report = repository.verify(&done.digest, &mut go).unwrap();
+    assert!(report.bad.iter().all(|b| b.defect == Defect::Missing) && report.bad.len() == 2);
+    assert_eq!(put(&repository, &bytes).new_chunks, 2);
+    assert_eq!(read(&repository, &done.digest).unwrap(), bytes);
+}
+
+#[test]
+fn a_chunk_that_a_session_wrote_stays_when_prune_keeps_another_copy_of_it() {
+    let (storage, repository) = memory();
+    // enough to fill a pack, which is then stored before the session publishes; its first chunk is shared
+    let bytes: Vec<u8> = (0..600u32).flat_map(|n| [n + 1; CHUNK_SIZE / 4]).flat_map(u32::to_le_bytes).collect();
+    let mut session = repository.session();
+    let mut other = None;
+    let done = session
+        .ingest(&bytes, &IngestOptions::default(), &mut |_| {
+            // the session has looked for its first chunk, and has stored nothing yet
+            other.get_or_insert_with(|| put(&repository, &bytes[..CHUNK_SIZE]));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    let other = other.unwrap();
+    assert_eq!((done.new_chunks, other.new_chunks), (600, 1), "both store the shared chunk");
+    assert_eq!(storage.list("packs/").unwrap().len(), 2);
+    // of the two copies the other image's is kept, then that image goes
+    repository.prune().unwrap();
+    repository.forget(&other.digest).unwrap();
+    repository.prune().unwrap();
+    session.publish("mine", b"").unwrap();
+    assert!(read(&repository, &done.digest).unwrap() == bytes);
+    repository.prune().unwrap();
+    for repository in [repository, Repository::open(storage).unwrap()] {
+        assert!(repository.verify(&done.digest, &mut go).unwrap().is_good());
+    }
+}
+
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn sessions_readers_forgetting_and_pruning_at_the_same_time_lose_nothing() {
     let (storage, repository) = memory();
     let base = put(&repository, &image(&(1..=40).collect::<Vec<_>>()));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        // also when a writer panics: the scope waits for the other threads, and they wait for this
+        let stopping = SetOnDrop(&stop);
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
                 repository.prune().unwrap();
@@ -547,7 +654,7 @@ fn sessions_readers_forgetting_and_pruning_at_the_same_time_lose_nothing() {
         for writer in writers {
             writer.join().unwrap();
         }
-        stop.store(true, Ordering::Relaxed);
+        drop(stopping);
     });
     for repository in [repository, Repository::open(storage).unwrap()] {
         for digest in referenced(&repository) {
