@@ -11,7 +11,7 @@
 //! cannot be found out lies in [`Words`] that may outlive the process: how far numbers were dealt (word 0), and a bit for
 //! each granule whose memory is ours (from word [`BITS_AT`] on), set before it is touched and cleared after it went back.
 //!
-//! Lock order: cache, then central. `purging` is taken before both, by one purge at a time.
+//! Lock order: cache, then central. `purging` is taken before both, by one purge or cut at a time.
 
 use std::ops::Range;
 
@@ -312,8 +312,10 @@ impl Pool {
     /// free ones first, until no more than `keep` stay or `most` (or a granule more) went back. How many did. `give_back` is
     /// called with runs of numbers nobody else can reach, and must be able to give back parts of a granule.
     pub(crate) fn cut(&self, keep: usize, most: usize, budget: &Budget, give_back: impl Fn(Range<u32>)) -> usize {
+        // who finds nothing free meanwhile waits here, and then finds what this credits
+        let _alone = self.purging.lock();
         let granule = self.unit.granule;
-        // a copy, so that nobody waits while it is counted
+        // a copy, so that nobody else waits while it is counted
         let kept = {
             let central = self.central.lock();
             if central.kept.len() <= keep {

@@ -451,6 +451,36 @@ fn a_number_is_in_one_hand_at_a_time_while_free_ones_go_back() {
 }
 
 #[test]
+fn who_needs_a_number_gets_one_while_others_give_back_what_is_free() {
+    explore(|| {
+        let unit = Unit { bytes: 100, beside: 10, granule: 2, keep: 2 };
+        let lent = crate::arena::Words::reserve(Pool::words(24, 2), None).unwrap();
+        let (pool, budget) = (Pool::new(24, unit, lent), Budget::new(5 * 110));
+        let all: Vec<u32> = std::iter::from_fn(|| pool.take(&budget)).collect();
+        assert_eq!(all, [1, 2, 3, 4, 5]);
+        let (pool, budget) = (&pool, &budget);
+        // none of a whole granule
+        [2, 5].into_iter().for_each(|number| assert!(!pool.put(number)));
+        let reclaim = || {
+            pool.purge(0, budget, |_| {});
+            pool.cut(0, 2, budget, |_| {});
+        };
+        thread::scope(|scope| {
+            scope.spawn(reclaim);
+            for _ in 0..2 {
+                scope.spawn(move || {
+                    let number = pool.take(budget).or_else(|| {
+                        reclaim();
+                        pool.take(budget)
+                    });
+                    assert!(number.is_some(), "two are free for two");
+                });
+            }
+        });
+    });
+}
+
+#[test]
 fn blocks_go_to_the_disk_and_come_back_under_readers_and_writers() {
     explore(|| {
         let place = tempfile::tempdir_in("/dev/shm").unwrap();
