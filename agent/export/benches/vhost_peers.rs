@@ -1,5 +1,6 @@
 //! This export over vhost-user-blk against `qemu-storage-daemon` (raw file on a private tmpfs; qcow2 on disk with
-//! O_DIRECT) and against a plain piece of memory served by this same code, with one client: the frontend and driver of
+//! O_DIRECT) and against a plain piece of memory served by this same code (as it lies, and with its blocks anywhere: what a
+//! device can reach that keeps blocks one by one), with one client: the frontend and driver of
 //! the tests, which polls.
 //!
 //! ```text
@@ -22,6 +23,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use frontend::{Client, Driver, OK, Options, READ, WRITE};
+use muster_block::BlockDevice;
 use muster_block::conformance::Random;
 use muster_common::{ByteLen, VolumeId};
 use muster_export::Registry;
@@ -34,7 +36,7 @@ mod peers;
 mod ram;
 
 use peers::{Peer, Tmpfs};
-use ram::Ram;
+use ram::{Ram, Strewn};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -55,8 +57,13 @@ const CELLS: [Cell; 5] = [
     Cell { name: "4K randwrite QD1", kind: WRITE, bytes: 4 << 10, depth: 1, random: true },
 ];
 
-const SERVERS: [(&str, &str); 4] =
-    [("store", "muster"), ("ram", "memory, same code"), ("raw", "qsd raw tmpfs"), ("qcow2", "qsd qcow2 O_DIRECT")];
+const SERVERS: [(&str, &str); 5] = [
+    ("store", "muster"),
+    ("ram", "memory, same code"),
+    ("strewn", "its blocks anywhere"),
+    ("raw", "qsd raw tmpfs"),
+    ("qcow2", "qsd qcow2 O_DIRECT"),
+];
 
 /// One measurement.
 #[derive(Clone, Copy, Debug)]
@@ -113,8 +120,11 @@ fn main() -> Result<()> {
                 registry.add(key, store.create_volume(VolumeSpec::blank(VolumeId::random(), settings.size))?)?;
                 server.serve(key)?
             }
-            "ram" => {
-                registry.add(key, Arc::new(Ram(RwLock::new(vec![0; settings.size.bytes() as usize]))))?;
+            "ram" | "strewn" => {
+                let memory = Ram(RwLock::new(vec![0; settings.size.bytes() as usize]));
+                let device: Arc<dyn BlockDevice> =
+                    if key == "ram" { Arc::new(memory) } else { Arc::new(Strewn(memory)) };
+                registry.add(key, device)?;
                 server.serve(key)?
             }
             "raw" => {

@@ -52,6 +52,7 @@ mod guest;
 mod nbd;
 mod peers;
 #[path = "../../../agent/export/benches/peers/ram.rs"]
+#[allow(dead_code)]
 mod ram;
 
 use clients::{Client, drive};
