@@ -60,8 +60,8 @@ struct Region {
     /// A file's, so that pages go back by punching holes into it.
     shared: bool,
     pages: PageKind,
-    /// Some transparent huge page was given back in part.
-    cut: AtomicBool,
+    /// Which transparent huge pages were given back in part.
+    cut: Vec<AtomicBool>,
 }
 
 // SAFETY: a Region is an address and a length that never change; what may be done with the memory behind it is ruled by
@@ -91,7 +91,9 @@ impl Region {
         // SAFETY: the mapping is HUGE bytes longer than `len`, so base and base + len lie within it; or it is aligned, and
         // `skip` is 0.
         let base = unsafe { NonNull::new_unchecked(mapping.cast::<u8>().add(skip)) };
-        let region = Region { base, len, mapping, mapped, shared: file.is_some(), pages, cut: AtomicBool::new(false) };
+        let cut = if pages == PageKind::Transparent { len / HUGE } else { 0 };
+        let cut = std::iter::repeat_with(|| AtomicBool::new(false)).take(cut).collect();
+        let region = Region { base, len, mapping, mapped, shared: file.is_some(), pages, cut };
         if let Some(file) = file {
             let before = file.metadata()?.len();
             if before < len as u64 {
@@ -148,25 +150,31 @@ impl Region {
     /// Gives the pages of the range back to the machine, but for hugetlb pages. Nobody relies on what they hold afterwards.
     fn give_back(&self, range: Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.len);
-        let in_part = !range.start.is_multiple_of(HUGE) || !range.end.is_multiple_of(HUGE);
         match self.pages {
             // The reservation of one that goes back is lost with it, and whoever takes the page meanwhile leaves us SIGBUS.
             PageKind::Huge => return,
-            PageKind::Transparent if in_part || self.cut.load(Relaxed) => {
-                // The kernel would make the huge page whole again, with memory that nobody counts. Once all of it is free it may.
-                let kind = if in_part { Advice::LinuxNoHugepage } else { Advice::LinuxHugepage };
-                let pages = range.start / HUGE * HUGE..range.end.next_multiple_of(HUGE);
-                self.cut.store(true, Relaxed);
-                // SAFETY: the range lies within our mapping, whose length is a multiple of HUGE; this advice does not change
-                // contents. It fails where the process has too many mappings; then the kernel may do so.
-                let _ = unsafe { madvise(self.base.as_ptr().add(pages.start).cast(), pages.len(), kind) };
-            }
-            PageKind::Transparent | PageKind::Small => {}
+            PageKind::Transparent => self.leave_alone(&range),
+            PageKind::Small => {}
         }
         let advice = if self.shared { Advice::LinuxRemove } else { Advice::LinuxDontNeed };
         // SAFETY: the range lies within our mapping. The callers of `Words::give_back` and `Blocks::give_back` own all of
         // it: nobody reads or writes it during the call. An error leaves the pages as they are, which is harmless.
         let _ = unsafe { madvise(self.base.as_ptr().add(range.start).cast(), range.len(), advice) };
+    }
+
+    /// Tells the kernel which huge pages not to make whole again, with memory that nobody counts, because a part of them goes
+    /// back; once all of one goes back it may. Each is told once: telling stops page faults.
+    fn leave_alone(&self, range: &Range<usize>) {
+        for page in range.start / HUGE..range.end.div_ceil(HUGE) {
+            let whole = range.start <= page * HUGE && (page + 1) * HUGE <= range.end;
+            if self.cut[page].swap(!whole, Relaxed) != whole {
+                continue;
+            }
+            let advice = if whole { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+            // SAFETY: the huge page lies within our mapping, whose length is a multiple of HUGE; this advice does not change
+            // contents. It fails where the process has too many mappings; then the kernel may do so.
+            let _ = unsafe { madvise(self.base.as_ptr().add(page * HUGE).cast(), HUGE, advice) };
+        }
     }
 
     /// Takes the pages of the range from the machine now, or says that there are none.

@@ -210,7 +210,7 @@ impl Engine {
     pub(crate) fn charge(&self, bytes: u64) -> bool {
         self.budget.charge(bytes) || {
             self.reclaim();
-            self.budget.charge(bytes)
+            self.budget.charge(bytes) || (self.cut_frames(0) > 0 && self.budget.charge(bytes))
         }
     }
 
@@ -218,7 +218,6 @@ impl Engine {
     pub(crate) fn reclaim(&self) {
         self.purge_frames(0);
         self.purge_nodes(0);
-        self.cut_frames(0);
     }
 
     /// Gives memory of free frames among used ones back to the machine, some at a time, until `keep` are left. How many.

@@ -255,7 +255,8 @@ impl Engine {
         let pool = &self.nodes.pool;
         pool.take(&self.budget).or_else(|| {
             self.reclaim();
-            pool.take(&self.budget)
+            // frames are of use to those who need a frame, but not here
+            pool.take(&self.budget).or_else(|| if self.cut_frames(0) > 0 { pool.take(&self.budget) } else { None })
         })
     }
 
