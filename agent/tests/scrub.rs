@@ -204,7 +204,9 @@ async fn damage_beyond_what_is_known_one_by_one_is_told_as_a_number_and_once() {
     let passes = |status: &serde_json::Value| status["scrub"]["passes"].as_u64().unwrap();
     let told_at = passes(&w.status().await);
     // each of which finds all of them
+    let until = tokio::time::Instant::now() + Duration::from_secs(60);
     while passes(&w.status().await) < told_at + 2 {
+        assert!(tokio::time::Instant::now() < until, "no two passes in a minute");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let status = w.status().await;

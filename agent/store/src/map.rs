@@ -255,8 +255,8 @@ impl Engine {
         let pool = &self.nodes.pool;
         pool.take(&self.budget).or_else(|| {
             self.reclaim();
-            // frames are of use to those who need a frame, but not here
-            pool.take(&self.budget).or_else(|| if self.cut_frames(0) > 0 { pool.take(&self.budget) } else { None })
+            // a free frame among used ones is of no use here: its memory is
+            pool.take(&self.budget).or_else(|| (self.cut_frames(0) > 0).then(|| pool.take(&self.budget))?)
         })
     }
 
