@@ -51,6 +51,8 @@ struct Reserve {
     nodes: Mutex<Vec<u32>>,
     /// Nodes that map all of the disk.
     most_nodes: AtomicUsize,
+    /// Of those, the ones the tree has for itself: as far as an attaching store found them, until a copy is made.
+    own_nodes: AtomicUsize,
 }
 
 /// Nodes that map all of a disk of so many leaves: a leaf each, inner nodes above them, a root and a path for each of the 16
@@ -92,6 +94,22 @@ impl Bits {
         }
         self.set.fetch_sub(less, SeqCst);
         word.store(after, Relaxed);
+        true
+    }
+
+    /// Clears a bit of a leaf that nobody else changes, when more than `least` are set. False when they are not, and nothing is
+    /// changed.
+    fn clear_above(&self, leaf: u64, bit: u64, least: u64) -> bool {
+        let words = self.words.read();
+        let Some(word) = words.get(leaf as usize) else { return true };
+        let before = word.load(Relaxed);
+        if before & bit == 0 {
+            return true;
+        }
+        if self.set.fetch_update(SeqCst, SeqCst, |now| (now > least).then(|| now - 1)).is_err() {
+            return false;
+        }
+        word.store(before & !bit, Relaxed);
         true
     }
 
@@ -139,6 +157,7 @@ impl Account {
             frames: Mutex::default(),
             nodes: Mutex::default(),
             most_nodes: AtomicUsize::new(nodes_for(leaves)),
+            own_nodes: AtomicUsize::new(0),
         });
         let quota = if quota == 0 { u64::MAX } else { blocks(quota) };
         Account {
@@ -210,6 +229,23 @@ impl Account {
         }
     }
 
+    /// Nodes that an attaching store finds to be the volume's alone.
+    pub(crate) fn found_nodes(&self, nodes: usize) {
+        if let Some(reserve) = self.reserve() {
+            reserve.own_nodes.store(nodes, SeqCst);
+        }
+    }
+
+    /// Blocks that may leave memory: those beyond the reservation.
+    pub(crate) fn may_leave(&self) -> u64 {
+        self.reserve().map_or(u64::MAX, |reserve| reserve.fresh.set.load(SeqCst).saturating_sub(reserve.wanted))
+    }
+
+    /// Notes that a block leaves memory; false when the reservation needs it there. The caller has the write lock of the leaf.
+    pub(crate) fn leave(&self, leaf: u64, bit: u64) -> bool {
+        self.reserve().is_none_or(|reserve| reserve.fresh.clear_above(leaf, bit, reserve.wanted))
+    }
+
     /// The contents were exchanged for others.
     pub(crate) fn forget(&self) {
         if let Some(detail) = &self.detail {
@@ -246,6 +282,7 @@ impl Account {
     pub(crate) fn cut(&self) {
         if let Some(reserve) = self.reserve() {
             reserve.fresh.clear();
+            reserve.own_nodes.store(0, SeqCst);
         }
     }
 
@@ -277,10 +314,11 @@ impl Account {
     pub(crate) fn lack(&self, after_cut: bool) -> Lack {
         let Some(reserve) = self.reserve() else { return Lack::default() };
         let fresh = if after_cut { 0 } else { reserve.fresh.set.load(SeqCst) };
+        let own_nodes = if after_cut { 0 } else { reserve.own_nodes.load(SeqCst) };
         let wanted = reserve.wanted.saturating_sub(fresh) + UNDER_WAY;
         Lack {
             frames: wanted.saturating_sub(reserve.frames.lock().len() as u64),
-            nodes: reserve.most_nodes.load(SeqCst).saturating_sub(reserve.nodes.lock().len()) as u64,
+            nodes: reserve.most_nodes.load(SeqCst).saturating_sub(reserve.nodes.lock().len() + own_nodes) as u64,
         }
     }
 
@@ -396,16 +434,39 @@ mod tests {
                 next += lack;
             };
             top_up(false);
-            // the frame of each block, while it is the volume's alone
+            let mut away = std::collections::BTreeSet::new();
+            let mut others = 1 << 20;
+            // the frame of each block, while it is the volume's alone, and in memory
             let mut fresh = std::collections::BTreeMap::new();
             for (step, block) in steps {
+                // more blocks than are promised, while nobody else wants the others' frames
+                let block = if step == 4 { block + WANTED } else { block };
                 let (leaf, bit) = (block / LEAF_BLOCKS, 1 << (block % LEAF_BLOCKS));
                 let dropped = match step {
-                    0..5 => {
+                    4 => {
+                        others += 1;
+                        prop_assert!(account.write(leaf, bit, 0));
+                        away.remove(&block);
+                        fresh.insert(block, others)
+                    }
+                    0..4 => {
                         let frame = account.frame();
                         prop_assert!(frame.is_some(), "the promise is broken");
                         prop_assert!(account.write(leaf, bit, 0));
+                        away.remove(&block);
                         fresh.insert(block, frame.unwrap_or_default())
+                    }
+                    // it goes to the disk, if it may
+                    7 if fresh.contains_key(&block) => {
+                        let may = fresh.len() as u64 > WANTED;
+                        prop_assert_eq!(account.may_leave() > 0, may);
+                        prop_assert_eq!(account.leave(leaf, bit), may);
+                        if may {
+                            away.insert(block);
+                            fresh.remove(&block)
+                        } else {
+                            None
+                        }
                     }
                     5 | 6 => {
                         prop_assert!(account.write(leaf, 0, bit));

@@ -317,8 +317,7 @@ impl Blocks {
         self.0.populate(frames.start as usize * BLOCK..frames.end as usize * BLOCK)
     }
 
-    /// Gives frames back to the machine that are free and that the caller keeps out of the pool meanwhile; or one that is
-    /// marked, whose bytes are elsewhere.
+    /// Gives frames back to the machine that are free and that the caller keeps out of the pool meanwhile.
     pub(crate) fn give_back(&self, frames: Range<u32>) {
         self.0.give_back(frames.start as usize * BLOCK..frames.end as usize * BLOCK);
     }

@@ -21,6 +21,7 @@ use crate::{
     frames::{ALONE, Engine, STICKY},
     index::SHARDS,
     map::FANOUT,
+    marks::Mark,
 };
 
 /// Below this many frames one thread is quicker than several.
@@ -137,14 +138,14 @@ impl Engine {
     pub(crate) fn find_again(&self) -> usize {
         let frames = self.frames.pool.dealt_before();
         self.frames.marks.adopt(frames);
-        let wrong = self.frames.pool.adopt(|frame| self.frames.count(frame) > 0, &self.budget)
-            + self.nodes.pool.adopt(|node| self.nodes.references(node).load(Relaxed) > 0, &self.budget);
-        let (away, _) = self.frames.marks.counts();
-        if away > 0 {
+        let away = |frame| self.frames.marks.get(frame) == Mark::Away;
+        let wrong = self.frames.pool.adopt(|frame| self.frames.count(frame) > 0, away, &self.budget)
+            + self.nodes.pool.adopt(|node| self.nodes.references(node).load(Relaxed) > 0, |_| false, &self.budget);
+        if self.frames.marks.counts().0 > 0 {
             for frame in 1..frames {
-                if self.frames.marks.get(frame) == crate::marks::Mark::Away && self.frames.count(frame) == 0 {
-                    // the process ended before the mark was taken away
-                    self.frames.marks.set(frame, crate::marks::Mark::Here);
+                if away(frame) && self.frames.count(frame) == 0 {
+                    // the process ended before the mark was taken away, or before anybody named it
+                    self.frames.marks.set(frame, Mark::Here);
                 }
             }
             self.budget.credit(self.frames.marks.counts().0 * BLOCK as u64);

@@ -208,10 +208,20 @@ impl Frames {
 impl Engine {
     /// Charges the budget, after giving memory of free frames and nodes back when it has to.
     pub(crate) fn charge(&self, bytes: u64) -> bool {
-        self.budget.charge(bytes) || {
-            self.reclaim();
-            self.budget.charge(bytes) || (self.cut_frames(0) > 0 && self.budget.charge(bytes))
+        self.budget.charge(bytes) || self.find_memory(bytes, || self.budget.charge(bytes).then_some(())).is_some()
+    }
+
+    /// Tries again and again, after giving more and more memory back that free frames and nodes still take: as little as does
+    /// for `bytes` at first, because each page that goes back interrupts every processor.
+    pub(crate) fn find_memory<T>(&self, bytes: u64, again: impl Fn() -> Option<T>) -> Option<T> {
+        let frames = bytes.div_ceil(BLOCK as u64) as usize;
+        self.frames.pool.purge_some(frames, &self.budget, |run| self.frames.blocks.give_back(run));
+        if let Some(found) = again() {
+            return Some(found);
         }
+        self.reclaim();
+        // a free frame among used ones is of no use here: its memory is
+        again().or_else(|| (self.cut_frames(0) > 0).then(&again)?)
     }
 
     /// Gives free memory back to the machine: what one pool keeps may be what another one needs.
@@ -379,6 +389,27 @@ impl Engine {
         frames.references(frame).store(domain << DOMAIN_SHIFT | 1, Release);
         shard.misses += 1;
         Ok(frame)
+    }
+
+    /// Passes what is known of a frame (tag, domain, place in the index) on to a number without references, which has one
+    /// then, and drops both references that the frame must have, of which none can be counted up but in the index. False, and
+    /// nothing is changed, when it has others.
+    pub(crate) fn renumber(&self, frame: u32, to: u32) -> bool {
+        let frames = &self.frames;
+        let tag = frames.tag(frame);
+        // whoever finds it in the index counts it up under this lock
+        let mut shard = frames.index.shard(tag);
+        let word = frames.references(frame).load(Acquire);
+        if word & COUNT != 2 || self.sticky <= 2 {
+            return false;
+        }
+        frames.tag_word(to).store(tag, Relaxed);
+        frames.references(to).store(word - 1, Release);
+        if word >> DOMAIN_SHIFT != ALONE {
+            shard.renumber(tag, frame, to);
+        }
+        frames.references(frame).store(word - 2, Release);
+        true
     }
 
     /// One more reference to a frame the caller has one of.

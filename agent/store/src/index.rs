@@ -219,6 +219,13 @@ impl Shard {
         true
     }
 
+    /// Lists a frame's block under another frame, when it is listed.
+    pub(crate) fn renumber(&mut self, tag: u32, frame: u32, to: u32) {
+        if let Some(at) = self.find_slot(tag, |listed| listed == frame) {
+            self.slots[at] = u64::from(tag) << 32 | u64::from(to);
+        }
+    }
+
     fn place(&mut self, mut slot: u64) {
         let mut at = self.home((slot >> 32) as u32);
         let mut distance = 0;
@@ -300,8 +307,14 @@ mod tests {
                         model.insert((tag, frame));
                     }
                 } else if let Some(&(tag, frame)) = model.iter().min_by_key(|(t, f)| (t.abs_diff(tag), f % (twin + 2))) {
-                    shard.remove(tag, frame, &budget);
                     model.remove(&(tag, frame));
+                    if twin == 3 {
+                        let to = step as u32 + 1;
+                        shard.renumber(tag, frame, to);
+                        model.insert((tag, to));
+                    } else {
+                        shard.remove(tag, frame, &budget);
+                    }
                 }
                 check(&shard, &model);
                 prop_assert_eq!(budget.charged(), shard.slots.len() as u64 * SLOT);

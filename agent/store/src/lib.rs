@@ -41,7 +41,7 @@
 //!    unless an attach finds more than the budget it was given: then nothing new is taken until it fits.
 //!    (hugetlb pages are all the store's from its opening on: with them the charge says what of them is in use.)
 //!    (Up to 2 MiB less with huge pages, which are charged before they are touched; heap for lists of free numbers,
-//!    0.1 % of what is free, is not charged.)
+//!    0.1 % of what is free, and 260 KiB through which blocks go to the spill file, is not charged.)
 //! 8. A refused write changes whole blocks or nothing: never a part of a block.
 //! 9. Whenever the process ends, every record names a whole tree, in which each block of a write under way is as before or
 //!    as after (`map.rs` says why). Nothing else is believed by whoever attaches.
@@ -64,8 +64,9 @@
 //!
 //! Two that look for the same block: the shard's lock is held over search, comparison and listing, so one stores it and
 //! the other finds it. Scrub hashes a frame under that lock too, so that it is not freed and filled anew meanwhile; who
-//! reads a frame that is being marked, spilled or mended finds out by its sequence and reads again. Spilling holds the
-//! stripe that names the frame, shared: readers go on, writers of that volume's stripe wait for one disk write. A backup
+//! reads a frame that is being marked or mended finds out by its sequence and reads again. Spilling chooses blocks with the
+//! stripe shared and counts them up, holds nothing while the disk writes, and renames what nobody changed meanwhile with the
+//! stripe and then the shard exclusive: whoever read the frame is done, whoever looks for the block finds one of the two. A backup
 //! reads a snapshot, and so meets nobody. One that finds a frame and one that drops its last reference: the count goes to 0 only under that
 //! lock. Two that own nodes below a shared one: each copies it, the second to let go frees it.
 //!
@@ -73,8 +74,10 @@
 //!
 //! # Threads and locks
 //! No threads of its own. Order: world, images, volumes, then building or books, then the stripes of a map (ascending), a
-//! shard, a pool's cache, its central list. Purges of a pool exclude each other by a lock taken before its caches. Nobody
-//! calls out of the crate with a lock held.
+//! shard, a pool's cache, its central list. Purges of a pool exclude each other by a lock taken before its caches. Whoever makes
+//! room by spilling takes the hand of the clock first, with nothing else but the world held, and the lock of what takes room in
+//! the file under it; below a shard, the slot of a frame that is away is locked while it is read. Nobody calls out of the crate
+//! with a lock held.
 //!
 //! # What it does not do
 //! Durability (a journal's and the backup's): memory that outlives the process does not outlive the machine. Naming and

@@ -253,11 +253,8 @@ impl Engine {
 
     pub(crate) fn take_free_node(&self) -> Option<u32> {
         let pool = &self.nodes.pool;
-        pool.take(&self.budget).or_else(|| {
-            self.reclaim();
-            // a free frame among used ones is of no use here: its memory is
-            pool.take(&self.budget).or_else(|| (self.cut_frames(0) > 0).then(|| pool.take(&self.budget))?)
-        })
+        // a granule of nodes is a page, and what is beside it
+        pool.take(&self.budget).or_else(|| self.find_memory(2 * BLOCK_BYTES, || pool.take(&self.budget)))
     }
 
     fn retain_node(&self, node: u32) {
@@ -425,7 +422,7 @@ impl Engine {
         }
     }
 
-    fn release_frames(&self, account: &Account, frames: &[u32]) {
+    pub(crate) fn release_frames(&self, account: &Account, frames: &[u32]) {
         // Each is two trips to memory, one after the other: its words, then its place in the index. Both are begun early.
         let ahead = |n: usize| frames.get(n).copied().filter(|&frame| frame != 0);
         (0..2 * RELEASE_AHEAD).filter_map(ahead).for_each(|frame| self.prefetch_words(frame));

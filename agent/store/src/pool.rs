@@ -28,6 +28,9 @@ use crate::{
 /// that what sits in caches is nothing (16 slots x 64 frames = 4 MiB). (Few where schedules are tried out.)
 const BATCH: usize = if cfg!(feature = "shuttle") { 2 } else { 32 };
 
+/// Strewn numbers that are searched for neighbours at once.
+const SORTED: usize = 4096;
+
 /// Where the bits begin: on a cache line of their own.
 const BITS_AT: usize = 16;
 
@@ -97,8 +100,14 @@ struct Central {
     kept: Vec<u32>,
     /// First numbers of granules that are free and whose memory went back.
     returned: Vec<u32>,
-    /// Free without memory, in granules whose other memory is ours.
+    /// Free without memory, in granules whose other memory is ours, or may be: never used, the last ones are neighbours.
     hollow: Vec<u32>,
+    /// The same, used before and one by one, those that were free first to the front.
+    strewn: Vec<u32>,
+    /// Some of those, in order, the lowest last.
+    sorted: Vec<u32>,
+    /// So many of all three are for [`Pool::take_hollow`] only.
+    spare: usize,
     /// Never dealt yet.
     next: u32,
     /// Purge when `kept` is longer.
@@ -117,11 +126,35 @@ pub(crate) struct PoolStats {
     pub(crate) next: u32,
 }
 
+impl Central {
+    /// Free numbers without memory, but for those of `returned`.
+    fn hollow(&self) -> usize {
+        self.hollow.len() + self.strewn.len() + self.sorted.len()
+    }
+
+    fn sort_some(&mut self) -> bool {
+        if self.sorted.is_empty() {
+            let some = self.strewn.len().min(SORTED);
+            self.sorted.extend(self.strewn.drain(..some));
+            self.sorted.sort_unstable_by_key(|number| std::cmp::Reverse(*number));
+        }
+        !self.sorted.is_empty()
+    }
+}
+
 impl Pool {
     /// `lent` has [`Pool::words`] words, all zero or what an earlier process left; then [`Pool::adopt`] comes next.
     pub(crate) fn new(capacity: u32, unit: Unit, lent: Words) -> Self {
-        let central =
-            Central { kept: Vec::new(), returned: Vec::new(), hollow: Vec::new(), next: 1, purge_above: unit.keep };
+        let central = Central {
+            kept: Vec::new(),
+            returned: Vec::new(),
+            hollow: Vec::new(),
+            strewn: Vec::new(),
+            sorted: Vec::new(),
+            spare: 0,
+            next: 1,
+            purge_above: unit.keep,
+        };
         Self { unit, capacity, caches: Default::default(), central: Mutex::new(central), purging: Mutex::new(()), lent }
     }
 
@@ -153,9 +186,9 @@ impl Pool {
     }
 
     /// Takes over what an earlier process left, before anything else is done here. All numbers `used` says yes to are used,
-    /// the others are free. What that takes from the machine is charged, whether the budget holds it or not. How many used
-    /// ones were said not to be ours: damage.
-    pub(crate) fn adopt(&self, used: impl Fn(u32) -> bool, budget: &Budget) -> usize {
+    /// the others are free. What that takes from the machine is charged, whether the budget holds it or not, for used ones even
+    /// where `without` says that they have no memory. How many others were said not to be ours: damage.
+    pub(crate) fn adopt(&self, used: impl Fn(u32) -> bool, without: impl Fn(u32) -> bool, budget: &Budget) -> usize {
         let Unit { bytes, beside, granule, .. } = self.unit;
         let mut central = self.central.lock();
         let next = self.dealt_before();
@@ -169,8 +202,9 @@ impl Pool {
                     central.returned.push(range.start);
                     continue;
                 }
-                wrong += in_use;
-                self.set_lent(range.clone(), true);
+                let with_memory = range.clone().filter(|&number| used(number) && !without(number)).count();
+                wrong += with_memory;
+                self.set_lent(range.clone(), granule > 1 || with_memory > 0);
             }
             numbers += range.len() as u64;
             central.kept.extend(range.rev().filter(|&number| !used(number)));
@@ -208,12 +242,13 @@ impl Pool {
     /// Takes more memory from the machine. The lowest number ends last in `kept`, so that it is dealt first.
     fn grow(&self, central: &mut Central, budget: &Budget) -> bool {
         let Unit { bytes, beside, granule, .. } = self.unit;
-        if let Some(&number) = central.hollow.last() {
+        if central.hollow() > central.spare {
             if !budget.charge(bytes) {
                 return false;
             }
-            central.hollow.pop();
-            central.kept.push(number);
+            let number = central.strewn.pop().or_else(|| central.sorted.pop()).or_else(|| central.hollow.pop());
+            self.lend(number.unwrap_or_default());
+            central.kept.extend(number);
             return true;
         }
         if let Some(&first) = central.returned.last() {
@@ -225,18 +260,124 @@ impl Pool {
             central.kept.extend((first..first + granule).rev());
             return true;
         }
+        let dealt = self.deal(central, |count| budget.charge(count * (bytes + beside)));
+        self.set_lent(dealt.clone(), true);
+        central.kept.extend(dealt.clone().rev());
+        !dealt.is_empty()
+    }
+
+    /// Notes that a number that had no memory is about to have some.
+    pub(crate) fn lend(&self, number: u32) {
+        self.set_lent(number..number + 1, true);
+    }
+
+    /// Notes that these numbers are free without memory, or go to somebody who has none for them. With larger granules nobody
+    /// can tell such numbers from their neighbours.
+    fn set_hollow(&self, numbers: Range<u32>) {
+        self.set_lent(numbers, self.unit.granule > 1);
+    }
+
+    /// Numbers never dealt before, to the end of a granule or of more; none when `charge` for so many says no.
+    fn deal(&self, central: &mut Central, charge: impl Fn(u64) -> bool) -> Range<u32> {
+        let granule = self.unit.granule;
         for step in [granule.max(BATCH as u32), granule] {
             let end = (u64::from(central.next / step + 1) * u64::from(step)).min(u64::from(self.capacity) + 1) as u32;
-            let count = end - central.next;
-            if count > 0 && budget.charge(u64::from(count) * (bytes + beside)) {
-                self.set_lent(central.next..end, true);
+            let dealt = central.next..end;
+            if !dealt.is_empty() && charge(dealt.len() as u64) {
                 self.lent.all()[0].store(end, Relaxed);
-                central.kept.extend((central.next..end).rev());
                 central.next = end;
-                return true;
+                return dealt;
             }
         }
-        false
+        0..0
+    }
+
+    /// From now on keeps so many numbers without memory for [`Pool::take_hollow`], so that there are some when the budget is
+    /// spent. What is beside them is charged, whether the budget holds it or not.
+    pub(crate) fn set_spare(&self, spare: usize, budget: &Budget) {
+        let mut central = self.central.lock();
+        central.spare = spare;
+        self.fill_spare(&mut central, |bytes| {
+            budget.charge_anyway(bytes);
+            true
+        });
+    }
+
+    /// Whether as many numbers without memory are there as are to be kept, neighbours as far as there are some; perhaps after
+    /// charging for what is beside new ones.
+    pub(crate) fn has_spare(&self, budget: &Budget) -> bool {
+        self.fill_spare(&mut self.central.lock(), |bytes| budget.charge(bytes))
+    }
+
+    fn fill_spare(&self, central: &mut Central, charge: impl Fn(u64) -> bool) -> bool {
+        while central.hollow.len() < central.spare {
+            if central.next > self.capacity {
+                // what there is has to do
+                if central.hollow() >= central.spare || !self.hollow_out(central) {
+                    return true;
+                }
+            } else if !self.deal_hollow(central, &charge) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn deal_hollow(&self, central: &mut Central, charge: impl Fn(u64) -> bool) -> bool {
+        let dealt = self.deal(central, |count| charge(count * self.unit.beside));
+        self.set_hollow(dealt.clone());
+        // neighbours of those that are left stay so
+        central.hollow.splice(0..0, dealt.clone().rev());
+        !dealt.is_empty()
+    }
+
+    /// A granule that is free and has no memory, as numbers of it.
+    fn hollow_out(&self, central: &mut Central) -> bool {
+        let Some(first) = central.returned.pop() else { return false };
+        let numbers = first..first + self.unit.granule;
+        self.set_hollow(numbers.clone());
+        central.hollow.splice(0..0, numbers.rev());
+        true
+    }
+
+    /// Up to `count` free numbers without memory, ascending and neighbours as far as possible, now the caller's: new ones or, when
+    /// `again`, such as were used before. Nothing is charged for memory that he takes to them; see [`Pool::lend`].
+    pub(crate) fn take_hollow(&self, count: usize, again: bool, budget: &Budget) -> Vec<u32> {
+        let mut central = self.central.lock();
+        let mut taken = Vec::with_capacity(count);
+        let move_some = |from: &mut Vec<u32>, taken: &mut Vec<u32>| {
+            let most = from.len().saturating_sub(count - taken.len());
+            taken.extend(from.drain(most..));
+        };
+        while again && taken.len() < count && central.sort_some() {
+            move_some(&mut central.sorted, &mut taken);
+        }
+        while taken.len() < count {
+            let wanted = count - taken.len();
+            while central.hollow.len() < wanted
+                && (self.deal_hollow(&mut central, |bytes| budget.charge(bytes)) || self.hollow_out(&mut central))
+            {
+            }
+            if !central.hollow.is_empty() {
+                move_some(&mut central.hollow, &mut taken);
+            } else if central.sort_some() {
+                move_some(&mut central.sorted, &mut taken);
+            } else {
+                break;
+            }
+        }
+        drop(central);
+        taken.sort_unstable();
+        taken
+    }
+
+    fn cached(&self) -> usize {
+        self.caches.iter().map(|cache| cache.0.lock().len()).sum()
+    }
+
+    /// Free numbers whose memory is ours.
+    pub(crate) fn kept(&self) -> usize {
+        self.cached() + self.central.lock().kept.len()
     }
 
     /// Takes a number back. True when so many are free that [`Pool::purge`] is due.
@@ -252,9 +393,10 @@ impl Pool {
         central.kept.len() > central.purge_above
     }
 
-    /// Takes a number back whose memory went back to the machine already.
+    /// Takes a number back that has no memory, perhaps no more.
     pub(crate) fn put_hollow(&self, number: u32) {
-        self.central.lock().hollow.push(number);
+        self.set_hollow(number..number + 1);
+        self.central.lock().strewn.push(number);
     }
 
     /// Gives memory of free numbers back to the machine, all but `keep` of them, as far as whole granules are free.
@@ -262,27 +404,27 @@ impl Pool {
     pub(crate) fn purge(&self, keep: usize, budget: &Budget, give_back: impl Fn(Range<u32>)) {
         let _alone = self.purging.lock();
         if keep == 0 {
-            for cache in &self.caches {
-                let mut cache = cache.0.lock();
-                self.central.lock().kept.append(&mut cache);
-            }
+            self.empty_caches();
         }
         let granule = self.unit.granule;
         // with whether its memory is ours
         let mut free: Vec<(u32, bool)> = {
             let mut central = self.central.lock();
             let spare = central.kept.len().saturating_sub(keep);
-            if spare == 0 || spare + central.hollow.len() < granule as usize {
+            if spare == 0 || spare + central.hollow() < granule as usize {
                 return;
             }
             // one by one the oldest go; larger granules are only found among all
             let some = if granule == 1 { spare } else { central.kept.len() };
             let kept = central.kept.drain(..some).map(|number| (number, true)).collect::<Vec<_>>();
-            let hollow = if granule == 1 { Vec::new() } else { std::mem::take(&mut central.hollow) };
-            kept.into_iter().chain(hollow.into_iter().map(|number| (number, false))).collect()
+            let mut strewn = if granule == 1 { Vec::new() } else { std::mem::take(&mut central.strewn) };
+            if granule > 1 {
+                strewn.append(&mut central.sorted);
+            }
+            kept.into_iter().chain(strewn.into_iter().map(|number| (number, false))).collect()
         };
         free.sort_unstable();
-        let (mut whole, mut rest, mut hollow, mut credit) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        let (mut whole, mut rest, mut strewn, mut credit) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for group in free.chunk_by(|a, b| a.0 / granule == b.0 / granule) {
             let ours = group.iter().filter(|(_, ours)| *ours);
             if group.len() == granule as usize {
@@ -290,7 +432,7 @@ impl Pool {
                 credit += ours.count() as u64;
             } else {
                 rest.extend(ours.map(|(number, _)| *number));
-                hollow.extend(group.iter().filter(|(_, ours)| !ours).map(|(number, _)| *number));
+                strewn.extend(group.iter().filter(|(_, ours)| !ours).map(|(number, _)| *number));
             }
         }
         for run in whole.chunk_by(|a, b| a + granule == *b) {
@@ -301,11 +443,28 @@ impl Pool {
         budget.credit(credit * self.unit.bytes);
         let mut central = self.central.lock();
         central.returned.append(&mut whole);
-        central.hollow.append(&mut hollow);
+        central.strewn.append(&mut strewn);
         rest.reverse();
         central.kept.append(&mut rest);
         // a quarter more before the next search, so that fruitless ones stay rare
         central.purge_above = self.unit.keep.max(central.kept.len() / 4 * 5);
+    }
+
+    /// Gives the memory of some free numbers back, as [`Pool::purge`] does.
+    pub(crate) fn purge_some(&self, some: usize, budget: &Budget, give_back: impl Fn(Range<u32>)) {
+        let kept = || self.central.lock().kept.len();
+        if kept() < some {
+            self.empty_caches();
+        }
+        // with nothing to keep it would look in the caches again
+        self.purge(kept().saturating_sub(some).max(1), budget, give_back);
+    }
+
+    fn empty_caches(&self) {
+        for cache in &self.caches {
+            let mut cache = cache.0.lock();
+            self.central.lock().kept.append(&mut cache);
+        }
     }
 
     /// Gives memory of free numbers back to the machine, also out of granules that are in use otherwise: those with the most
@@ -343,7 +502,7 @@ impl Pool {
             central.kept.extract_if(.., |number| chosen[(*number / granule) as usize]).collect()
         };
         cut.sort_unstable();
-        let (mut whole, mut hollow) = (Vec::new(), Vec::new());
+        let (mut whole, mut strewn) = (Vec::new(), Vec::new());
         for group in cut.chunk_by(|a, b| a / granule == b / granule) {
             for run in group.chunk_by(|a, b| a + 1 == *b) {
                 give_back(run[0]..run[run.len() - 1] + 1);
@@ -352,13 +511,13 @@ impl Pool {
                 self.set_lent(group[0]..group[0] + granule, false);
                 whole.push(group[0]);
             } else {
-                hollow.extend_from_slice(group);
+                strewn.extend_from_slice(group);
             }
         }
         budget.credit(cut.len() as u64 * self.unit.bytes);
         let mut central = self.central.lock();
         central.returned.append(&mut whole);
-        central.hollow.append(&mut hollow);
+        central.strewn.append(&mut strewn);
         cut.len()
     }
 
@@ -373,11 +532,12 @@ impl Pool {
     }
 
     pub(crate) fn stats(&self) -> PoolStats {
-        let cached: usize = self.caches.iter().map(|cache| cache.0.lock().len()).sum();
+        let cached = self.cached();
         let central = self.central.lock();
         let kept = (cached + central.kept.len()) as u64;
         let returned = central.returned.len() as u64 * u64::from(self.unit.granule);
-        let resident = u64::from(central.next - 1).saturating_sub(returned + central.hollow.len() as u64);
+        let hollow = central.hollow();
+        let resident = u64::from(central.next - 1).saturating_sub(returned + hollow as u64);
         PoolStats { used: resident.saturating_sub(kept), kept, resident, next: central.next }
     }
 
@@ -390,6 +550,8 @@ impl Pool {
         let central = self.central.lock();
         free.extend_from_slice(&central.kept);
         free.extend_from_slice(&central.hollow);
+        free.extend_from_slice(&central.strewn);
+        free.extend_from_slice(&central.sorted);
         free.extend(central.returned.iter().flat_map(|&first| first..first + self.unit.granule));
         free
     }
@@ -412,10 +574,10 @@ mod tests {
     }
 
     /// Every number that was dealt is held or free, nothing that is held goes back, and the budget knows what is ours.
-    fn check(pool: &Pool, budget: &Budget, held: &BTreeSet<u32>) {
+    fn check(pool: &Pool, budget: &Budget, held: &BTreeSet<u32>, away: usize) {
         let stats = pool.stats();
         assert_eq!(stats.used, held.len() as u64);
-        assert_eq!(budget.charged(), stats.resident * 100 + u64::from(stats.next - 1) * 10);
+        assert_eq!(budget.charged(), (stats.resident - away as u64) * 100 + u64::from(stats.next - 1) * 10);
         let free: Vec<u32> = pool.free_numbers();
         let all: BTreeSet<u32> = free.iter().chain(held).copied().collect();
         assert_eq!(all.len(), free.len() + held.len(), "free twice, or free and held");
@@ -432,6 +594,9 @@ mod tests {
         ) {
             let (pool, budget) = (pool(granule, keep), Budget::new(limit * 110));
             let mut held = BTreeSet::new();
+            // those of the held ones that nobody was charged for, as frames on the disk
+            let mut away = BTreeSet::new();
+            pool.set_spare(usize::from(limit % 3 == 0) * 20, &budget);
             for (step, n) in steps {
                 let give_back = |held: &BTreeSet<u32>, run| {
                     assert!(held.range(run).next().is_none(), "what is held went back");
@@ -445,16 +610,26 @@ mod tests {
                     4..7 => for _ in 0..n % 100 {
                         let Some(number) = held.iter().nth(usize::from(n) % held.len().max(1)).copied() else { break };
                         held.remove(&number);
-                        if pool.put(number) {
+                        if away.remove(&number) {
+                            pool.put_hollow(number);
+                        } else if pool.put(number) {
                             purge(pool.keep() / 2, &held);
                         }
                     },
-                    // its memory went back while it was held, as that of a frame on the disk
-                    7 => if let Some(number) = held.pop_last() {
-                        budget.credit(100);
-                        pool.put_hollow(number);
+                    7 => {
+                        let taken = pool.take_hollow(usize::from(n) % 70, n % 3 == 0, &budget);
+                        prop_assert!(taken.is_sorted() && taken.iter().all(|&number| held.insert(number)));
+                        away.extend(taken);
+                        // perhaps what one that is held pays for is missing
+                        let paying = held.iter().find(|number| !away.contains(number)).copied();
+                        if !pool.has_spare(&budget) && let Some(number) = paying {
+                            held.remove(&number);
+                            budget.credit(100);
+                            pool.put_hollow(number);
+                        }
                     },
-                    8 => purge(usize::from(n) % 50, &held),
+                    8 if n % 2 == 0 => purge(usize::from(n) % 50, &held),
+                    8 => pool.purge_some(usize::from(n) % 50, &budget, |run| give_back(&held, run)),
                     _ => {
                         let (before, keep) = (pool.stats(), usize::from(n) % 50);
                         let most = usize::from(n / 50 % 50);
@@ -463,14 +638,15 @@ mod tests {
                         prop_assert_eq!(before.kept - pool.stats().kept, cut as u64);
                     }
                 }
-                prop_assert!(budget.charged() <= budget.limit());
-                check(&pool, &budget, &held);
+                prop_assert!(budget.charged() <= budget.limit().max(320));
+                check(&pool, &budget, &held, away.len());
             }
             // whoever comes after finds the same numbers held, and nothing lost
             let Pool { unit, capacity, lent, .. } = pool;
             let (pool, budget) = (Pool::new(capacity, unit, lent), Budget::new(0));
-            prop_assert_eq!(pool.adopt(|number| held.contains(&number), &budget), 0);
-            check(&pool, &budget, &held);
+            prop_assert_eq!(pool.adopt(|number| held.contains(&number), |number| away.contains(&number), &budget), 0);
+            budget.credit(away.len() as u64 * 100);
+            check(&pool, &budget, &held, away.len());
         }
     }
 
@@ -553,8 +729,31 @@ mod tests {
         }
         pool.purge(0, &budget, |_| {});
         assert_eq!((pool.stats().used, pool.stats().kept), (0, pool.stats().resident));
-        let hollow = pool.central.lock().hollow.len() as u64;
+        let hollow = pool.central.lock().strewn.len() as u64;
         assert_eq!(hollow + pool.stats().kept, 15, "all but the granule that 0 belongs to");
+    }
+
+    #[test]
+    fn numbers_without_memory_are_neighbours_while_there_are_new_ones() {
+        for granule in [1, 16] {
+            let (pool, budget) = (pool(granule, 64), Budget::new(700 * 110));
+            pool.set_spare(64, &budget);
+            while pool.take(&budget).is_some() {}
+            while budget.charge(1) {}
+            let neighbours = |taken: &[u32]| taken.windows(2).filter(|pair| pair[0] + 1 == pair[1]).count();
+            let first = pool.take_hollow(64, false, &budget);
+            assert_eq!((first.len(), neighbours(&first)), (64, 63), "{granule}");
+            // every other one comes back: new ones are dealt before it, as long as they can be paid
+            first.iter().step_by(2).for_each(|number| pool.put_hollow(*number));
+            assert!(!pool.has_spare(&budget));
+            budget.credit(1000);
+            assert!(pool.has_spare(&budget));
+            let second = pool.take_hollow(64, false, &budget);
+            assert!(neighbours(&second) >= 62 && second[0] > first[63], "{granule} {second:?}");
+            // then all that is left
+            let third = pool.take_hollow(1000, true, &budget);
+            assert!(first.iter().step_by(2).all(|number| third.contains(number)));
+        }
     }
 
     #[test]
@@ -572,7 +771,7 @@ mod tests {
             let (charged, budget) = (budget.charged(), Budget::new(1000));
             let pool = Pool::new(capacity, unit, lent);
             let used = |number: u32| taken.contains(&number) && number % 40 <= 3;
-            assert_eq!(pool.adopt(used, &budget), 0);
+            assert_eq!(pool.adopt(used, |_| false, &budget), 0);
             assert_eq!(budget.charged(), charged, "over the limit, but true");
             let free: HashSet<u32> = pool.free_numbers().into_iter().collect();
             let dealt = pool.stats().next;

@@ -2,24 +2,30 @@
 //!
 //! Only volumes that say so ([`crate::WhenFull::Spill`]) spill, and only blocks that are theirs alone: frames with one
 //! reference, below nodes with one reference. So nobody else ever waits for a disk because of them. Which ones: a clock hand
-//! goes over the leaves of those volumes; a frame read or written since it last came by is passed over once.
+//! goes over the leaves of those volumes; a frame read or written since it last came by is passed over once. Of a volume with
+//! a reservation only what it has beyond that.
 //!
-//! A frame keeps its number while it is away; its block lies at that number in the (sparse) file, so there is no table to
-//! keep. The file is read and written with `O_DIRECT` where that works: pages of it in the kernel's cache would be memory
-//! that nobody counts.
+//! The block lies in the (sparse) file at a number that has no memory, and that is what the leaf names from then on, so there
+//! is no table to keep. The frame itself is free, with its memory, for the writer who needs one: nothing is given back to
+//! the machine, which would interrupt every processor for each page. The file is read and written with `O_DIRECT` where that
+//! works: pages of it in the kernel's cache would be memory that nobody counts.
 //!
 //! ```text
-//!   here --- spill: write to the file, mark away, give the memory back, credit -----------> away
-//!   away --- second read in a row, and there is room (made, if it must): fill, mark here -> here
-//!   away --- last reference dropped: mark here, number free without memory ---------------> free
+//!   frame n here --- spill: count n up, write it at a number m without memory, mark m away; then, when the leaf still names
+//!                    n and nobody else does: the index lists m, the leaf names m, n is free ------------------> m away
+//!   m away --------- second read in a row, and there is room: fill m, mark it here ---------------------------> m here
+//!   m away --------- last reference dropped: mark it here ----------------------------> m free without memory
 //! ```
 //!
-//! Of one frame these exclude each other by the lock of its slot ([`LOCKS`]); whoever spills also holds the stripe of the
-//! leaf that names the frame, so that it is not dropped meanwhile. Readers take no lock to read what is here (`marks.rs`).
+//! No lock is held while the disk writes: what the leaf names then is looked at again, alone with it. Reading back, dropping
+//! and bringing back a block that is away exclude each other by the lock of its slot ([`LOCKS`]). A process that dies on the
+//! way leaves a number away that nobody names, which whoever attaches finds free. Readers take no lock to read what is here
+//! (`marks.rs`).
 
 use std::{
     fs::{File, OpenOptions},
     io,
+    ops::Range,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::PathBuf,
     sync::{Arc, Weak},
@@ -31,21 +37,26 @@ use crate::{
     arena::{BLOCK, Words},
     config::SpillConfig,
     frames::{Engine, Failed},
-    map::Map,
+    map::{LEAF_BLOCKS, Map},
     marks::{Mark, Marks},
     sync::{
         Mutex, Padded,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{
+            AtomicU32, AtomicU64,
+            Ordering::{Relaxed, Release},
+        },
     },
 };
 
 const LOCKS: usize = 64;
 /// Frames spilled at a time: few enough that a writer waits a millisecond, enough that the next ones do not wait.
 const BATCH: usize = 64;
-/// Blocks of the file given back together (8 MiB): a hole costs the file system a millisecond on a busy disk, whether it is
-/// of one block or of a thousand.
-const UNUSED: usize = 2048;
-/// Holes made while all who read or write the file wait.
+/// A hole costs the file system up to a millisecond on a busy disk, whether it is of one block or of a thousand: so many
+/// unused ones in a row are worth one (256 KiB). Fewer are written anew.
+const WORTH: u32 = 64;
+/// Numbers looked at in a search for unused ones (256 MiB of the file), so that nobody waits long for it.
+const LOOKED_AT: u32 = 1 << 16;
+/// Holes made at a time.
 const HOLES: usize = 8;
 
 /// A block that `O_DIRECT` takes.
@@ -63,8 +74,8 @@ pub(crate) struct Spill {
     /// When it was opened.
     was_empty: bool,
     hand: Mutex<Hand>,
-    /// Frames whose blocks in the file are not given back yet. One of them that is away again is left out then.
-    unused: Mutex<Vec<u32>>,
+    /// What takes room in the file. Of whoever writes blocks to it and marks them, or makes holes.
+    stored: Mutex<Stored>,
     written: AtomicU64,
     read: AtomicU64,
 }
@@ -76,6 +87,30 @@ struct Hand {
     map: usize,
     /// The leaf it stands at.
     leaf: u64,
+    /// What is written to the file together.
+    buffer: Vec<u8>,
+}
+
+/// Which numbers' blocks take room in the file, away or not.
+#[derive(Default)]
+struct Stored {
+    /// A bit a number.
+    bits: Vec<u64>,
+    count: u64,
+    /// The number to look for unused ones from.
+    next: u32,
+}
+
+/// A block on its way to the disk. One reference to its frame is the spiller's.
+#[derive(Clone)]
+struct Leaving {
+    map: Arc<Map>,
+    leaf: u64,
+    /// Its place in the leaf.
+    at: usize,
+    frame: u32,
+    /// The number by which it is found in the file; 0 while it has none.
+    to: u32,
 }
 
 impl Spill {
@@ -92,7 +127,8 @@ impl Spill {
         if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
             return Err(io::Error::other("it is in use by another process: each agent needs a file of its own"));
         }
-        let was_empty = file.metadata()?.len() == 0;
+        let file_len = file.metadata()?.len();
+        let was_empty = file_len == 0;
         if !keep {
             file.set_len(0)?;
         }
@@ -104,7 +140,7 @@ impl Spill {
             used: Words::reserve(frames as usize / 32 + 1, None)?,
             was_empty,
             hand: Mutex::default(),
-            unused: Mutex::default(),
+            stored: Mutex::new(Stored::of(if keep { file_len } else { 0 })),
             written: AtomicU64::new(0),
             read: AtomicU64::new(0),
         })
@@ -156,36 +192,49 @@ impl Spill {
         self.file.read_exact_at(&mut block.0, u64::from(frame) * BLOCK as u64).map_err(|_| Failed::Lost)
     }
 
-    /// Gives the disk's blocks back, many at a time.
-    fn forget(&self, marks: &Marks, frame: u32) {
-        let mut unused = self.unused.lock();
-        unused.push(frame);
-        if unused.len() >= UNUSED {
-            let frames = std::mem::take(&mut *unused);
-            drop(unused);
-            self.punch(marks, frames);
+    /// Gives blocks of the file back to the file system that nobody wants any more, where `least` and more lie in a row. An
+    /// error only costs room on the disk: blocks are written anew before they are read again. False when there are none.
+    fn make_holes(&self, marks: &Marks, least: u32) -> bool {
+        let mut stored = self.stored.lock();
+        // nobody spills meanwhile: what is not away now stays so
+        if marks.counts().0 == 0 {
+            if stored.count > 0 && self.file.set_len(0).is_ok() {
+                *stored = Stored::default();
+            }
+            return false;
         }
+        for n in 0..HOLES {
+            let unused = |number| marks.get(number) != Mark::Away;
+            let Some(run) = stored.find(least, unused) else { return n > 0 };
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let (first, len) = (u64::from(run.start), run.len() as u64);
+            let _ = fallocate(&self.file, hole, first * BLOCK as u64, len * BLOCK as u64);
+            stored.remove(run);
+        }
+        true
     }
 
-    /// A hole for each run of frames that are not away. Blocks are written anew before they are read again, so an error only
-    /// costs space.
-    fn punch(&self, marks: &Marks, mut frames: Vec<u32>) {
-        fn neighbours(one: &u32, next: &u32) -> bool {
-            one + 1 == *next
+    /// Writes blocks to the file, at numbers in a row that nobody names yet, and marks them; false when the disk did not take
+    /// them.
+    fn write(&self, marks: &Marks, run: &[Leaving], blocks: &[u8]) -> bool {
+        let mut stored = self.stored.lock();
+        if self.file.write_all_at(blocks, u64::from(run[0].to) * BLOCK as u64).is_err() {
+            return false;
         }
-        frames.sort_unstable();
-        frames.dedup();
-        let runs: Vec<&[u32]> = frames.chunk_by(neighbours).collect();
-        for some in runs.chunks(HOLES) {
-            // nobody spills meanwhile, so what is not away now stays so. Who holds one of these locks waits for no other
-            let _alone: Vec<_> = self.locks.iter().map(|lock| lock.0.lock()).collect();
-            let unused = some.iter().copied().flatten().copied().filter(|frame| marks.get(*frame) != Mark::Away);
-            for run in unused.collect::<Vec<_>>().chunk_by(neighbours) {
-                let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                let (first, len) = (u64::from(run[0]), run.len() as u64);
-                let _ = fallocate(&self.file, hole, first * BLOCK as u64, len * BLOCK as u64);
-            }
+        for one in run {
+            // what had the number before was another block
+            self.was_used(one.to);
+            marks.set(one.to, Mark::Away);
+            stored.insert(one.to);
         }
+        drop(stored);
+        self.written.fetch_add(run.len() as u64, Relaxed);
+        true
+    }
+
+    /// Whether so many more blocks would take more room than the file may.
+    fn is_full(&self, more: usize) -> bool {
+        self.stored.lock().count + more as u64 > self.limit
     }
 
     /// Blocks written to the file and read from it since the start.
@@ -194,7 +243,80 @@ impl Spill {
     }
 }
 
+impl Stored {
+    /// All that a file of so many bytes may hold.
+    fn of(bytes: u64) -> Stored {
+        let words = (bytes / BLOCK as u64).div_ceil(64);
+        Stored { bits: vec![u64::MAX; words as usize], count: words * 64, next: 0 }
+    }
+
+    fn has(&self, number: u32) -> bool {
+        self.bits.get(number as usize / 64).is_some_and(|word| word >> (number % 64) & 1 == 1)
+    }
+
+    fn insert(&mut self, number: u32) {
+        let word = number as usize / 64;
+        if word >= self.bits.len() {
+            self.bits.resize(word + 1, 0);
+        }
+        self.count += u64::from(!self.has(number));
+        self.bits[word] |= 1 << (number % 64);
+    }
+
+    fn remove(&mut self, numbers: Range<u32>) {
+        for number in numbers {
+            self.count -= u64::from(self.has(number));
+            if let Some(word) = self.bits.get_mut(number as usize / 64) {
+                *word &= !(1 << (number % 64));
+            }
+        }
+    }
+
+    /// The next `least` or more in a row that `unused` says yes to, from where the last search ended, around the end. It looks
+    /// at [`LOOKED_AT`] only.
+    fn find(&mut self, least: u32, unused: impl Fn(u32) -> bool) -> Option<Range<u32>> {
+        let mut looked = 0;
+        while looked < LOOKED_AT.min(self.bits.len() as u32 * 64) {
+            let first = self.next;
+            let Some(&word) = self.bits.get(first as usize / 64) else {
+                self.next = 0;
+                continue;
+            };
+            if word == 0 && first.is_multiple_of(64) {
+                (self.next, looked) = (first + 64, looked + 64);
+                continue;
+            }
+            let mut end = first;
+            while end - first < LOOKED_AT && self.has(end) && unused(end) {
+                end += 1;
+            }
+            looked += end - first + 1;
+            if end - first >= least {
+                self.next = end;
+                return Some(first..end);
+            }
+            self.next = end + 1;
+        }
+        None
+    }
+}
+
 impl Engine {
+    /// Before there are readers, of a store that may spill.
+    pub(crate) fn expect_spilling(&self) {
+        if self.spill.is_some() {
+            self.frames.marks.arm();
+            self.frames.pool.set_spare(BATCH, &self.budget);
+        }
+    }
+
+    /// Gives room on the disk back that spilled blocks do not take any more, some at a time.
+    pub(crate) fn tidy_spilled(&self) {
+        if let Some(spill) = &self.spill {
+            spill.make_holes(&self.frames.marks, WORTH);
+        }
+    }
+
     /// Reads a frame that is away, and brings it back when it is wanted again.
     #[cold]
     pub(crate) fn read_away(&self, frame: u32, from: usize, buf: &mut [u8]) -> Result<(), Failed> {
@@ -217,10 +339,10 @@ impl Engine {
             if !again || !self.budget.charge(BLOCK as u64) {
                 return Ok(());
             }
+            self.frames.pool.lend(frame);
             self.frames.blocks.fill(frame, &block.0);
             self.frames.marks.set(frame, Mark::Here);
         }
-        spill.forget(&self.frames.marks, frame);
         Ok(())
     }
 
@@ -241,26 +363,55 @@ impl Engine {
         if mark != Mark::Away {
             return true;
         }
-        if let Some(spill) = &self.spill {
-            spill.forget(&self.frames.marks, frame);
-        }
         self.frames.pool.put_hollow(frame);
         false
     }
 
-    /// Spills some frames; false when there is nothing to spill, or no room for it.
+    /// Spills some frames; false when there is nothing to spill, or no room for it. `again`: the caller had it make room
+    /// before, and that did not suffice.
     #[cold]
-    pub(crate) fn make_room(&self) -> bool {
+    pub(crate) fn make_room(&self, again: bool) -> bool {
         let Some(spill) = &self.spill else { return false };
-        // who waits here finds room made by whom it waited for
         let mut hand = spill.hand.lock();
-        if self.budget.charged() + (BATCH / 2 * BLOCK) as u64 <= self.budget.limit() {
+        // who waits here finds room made by whom it waited for
+        if !again && self.has_room() {
             return true;
         }
+        let chosen = self.choose(spill, &mut hand);
+        let (moved, changed) = self.send(spill, &mut hand.buffer, chosen);
+        let mut freed = Vec::with_capacity(moved.len());
+        for one in &moved {
+            if !one.map.account.keep_frame(one.frame) {
+                freed.push(one.frame);
+            }
+        }
+        // Numbers for the next time, while there is still something to pay with what is beside them: a page of memory does
+        // for hundreds.
+        while !self.frames.pool.has_spare(&self.budget)
+            && let Some(frame) = freed.pop()
+        {
+            self.frames.blocks.give_back(frame..frame + 1);
+            self.frames.pool.put_hollow(frame);
+            self.budget.credit(BLOCK as u64);
+        }
+        freed.into_iter().for_each(|frame| self.put_frame(frame));
+        // what others changed meanwhile may have left room, and if not there are other blocks
+        !moved.is_empty() || changed
+    }
+
+    /// Whether some frames fit, and what goes with them.
+    fn has_room(&self) -> bool {
+        const SOME: usize = BATCH / 2;
+        self.budget.charged() + (SOME * BLOCK) as u64 <= self.budget.limit() || self.frames.pool.kept() >= SOME
+    }
+
+    /// Blocks that were not in use since the hand came by last. They may not be dropped until they are sent.
+    fn choose(&self, spill: &Spill, hand: &mut Hand) -> Vec<Leaving> {
         hand.maps.retain(|map| map.strong_count() > 0);
-        let (mut spilled, mut turns) = (0, 0);
+        let most = BATCH.min(spill.limit.saturating_sub(self.frames.marks.counts().0) as usize);
+        let (mut chosen, mut turns) = (Vec::with_capacity(most), 0);
         // twice around: the first time everything may have been in use
-        while spilled < BATCH && turns <= 2 * hand.maps.len() {
+        while chosen.len() < most && turns <= 2 * hand.maps.len() {
             let Some(map) = hand.maps.get(hand.map).and_then(Weak::upgrade) else {
                 (hand.map, hand.leaf, turns) = (0, 0, turns + 1);
                 if hand.maps.is_empty() {
@@ -268,7 +419,7 @@ impl Engine {
                 }
                 continue;
             };
-            match self.spill_from(spill, &map, hand.leaf, BATCH, &mut spilled) {
+            match self.choose_from(spill, &map, hand.leaf, most, &mut chosen) {
                 Some(leaf) => hand.leaf = leaf,
                 None => {
                     (hand.map, hand.leaf, turns) = (hand.map + 1, 0, turns + 1);
@@ -278,45 +429,153 @@ impl Engine {
                 }
             }
         }
-        spilled > 0
+        chosen
     }
 
-    /// Goes over the leaves of a map from `leaf` on until `wanted` are spilled; the leaf to go on with.
-    fn spill_from(&self, spill: &Spill, map: &Map, leaf: u64, wanted: usize, spilled: &mut usize) -> Option<u64> {
-        let leaves = map.size().div_ceil(BLOCK as u64).div_ceil(64);
+    /// Goes over the leaves of a map from `leaf` on until `most` are chosen; the leaf to go on with.
+    fn choose_from(
+        &self,
+        spill: &Spill,
+        map: &Arc<Map>,
+        leaf: u64,
+        most: usize,
+        chosen: &mut Vec<Leaving>,
+    ) -> Option<u64> {
+        let leaves = map.size().div_ceil(BLOCK as u64).div_ceil(LEAF_BLOCKS);
+        let mut may_leave = map.account.may_leave();
         for leaf in leaf..leaves {
-            self.for_each_alone(map, leaf, |_, frame| {
-                let here = self.frames.marks.get(frame) == Mark::Here;
-                if here && !spill.was_used(frame) && self.spill_one(spill, frame) {
-                    *spilled += 1;
+            self.for_each_alone(map, leaf, |at, frame| {
+                let wanted = chosen.len() < most && may_leave > 0 && self.frames.marks.get(frame) == Mark::Here;
+                if wanted && !spill.was_used(frame) {
+                    self.retain_frame(frame);
+                    chosen.push(Leaving { map: Arc::clone(map), leaf, at, frame, to: 0 });
+                    may_leave -= 1;
                 }
             });
-            if *spilled >= wanted {
-                return Some(leaf + 1);
+            if chosen.len() == most {
+                return Some(leaf);
+            }
+            if may_leave == 0 {
+                break;
             }
         }
         None
     }
 
-    /// The caller keeps others from dropping the frame.
-    fn spill_one(&self, spill: &Spill, frame: u32) -> bool {
-        if self.frames.marks.counts().0 >= spill.limit {
+    /// Writes what was chosen to the file and has the maps name it there. Those that moved, whose frames are the caller's; and
+    /// whether some did not because they were changed meanwhile.
+    fn send(&self, spill: &Spill, buffer: &mut Vec<u8>, mut chosen: Vec<Leaving>) -> (Vec<Leaving>, bool) {
+        // where others were, rather than take more of the disk than it may
+        let again = spill.is_full(chosen.len());
+        let numbers = self.frames.pool.take_hollow(chosen.len(), again, &self.budget);
+        let without = chosen.split_off(numbers.len());
+        buffer.resize((BATCH + 1) * BLOCK, 0);
+        // O_DIRECT wants memory that is aligned as blocks are
+        let start = buffer.as_ptr().align_offset(BLOCK);
+        let (blocks, _) = buffer[start..].as_chunks_mut::<BLOCK>();
+        for ((one, to), block) in chosen.iter_mut().zip(numbers).zip(blocks) {
+            one.to = to;
+            self.frames.blocks.read(one.frame, 0, block);
+        }
+        let mut moved = Vec::with_capacity(chosen.len());
+        let mut stay = without;
+        let mut at = start;
+        for run in chosen.chunk_by(|one, next| one.to + 1 == next.to) {
+            let len = run.len() * BLOCK;
+            let written = spill.write(&self.frames.marks, run, &buffer[at..at + len]);
+            at += len;
+            // when the disk is full or broken nothing happened, and the writer is refused if nobody else makes room
+            if written { &mut moved } else { &mut stay }.extend_from_slice(run);
+        }
+        // some of those numbers were new to the file
+        while spill.is_full(0) && spill.make_holes(&self.frames.marks, 1) {}
+        let (mut sent, mut changed) = (Vec::with_capacity(moved.len()), false);
+        for of_leaf in moved.chunk_by(|one, next| one.leaf == next.leaf && Arc::ptr_eq(&one.map, &next.map)) {
+            let (mut gone, mut still) = (Vec::new(), Vec::new());
+            self.change_alone(&of_leaf[0].map, of_leaf[0].leaf, |entries| {
+                for one in of_leaf {
+                    if self.name_anew(one, entries) { &mut gone } else { &mut still }.push(one.clone());
+                }
+            });
+            changed |= !still.is_empty();
+            sent.append(&mut gone);
+            stay.append(&mut still);
+        }
+        for one in stay {
+            self.call_back(&one);
+        }
+        (sent, changed)
+    }
+
+    /// Has the leaf's entry name the block in the file; false when it changed meanwhile, or somebody else has the block now.
+    fn name_anew(&self, one: &Leaving, entries: &[AtomicU32]) -> bool {
+        let Some(entry) = entries.get(one.at).filter(|entry| entry.load(Relaxed) == one.frame) else { return false };
+        let (account, bit) = (&one.map.account, 1 << one.at);
+        if !account.leave(one.leaf, bit) {
             return false;
         }
-        let mut block = Aligned([0; BLOCK]);
-        let _alone = spill.lock(frame).lock();
-        if self.frames.marks.get(frame) != Mark::Here {
+        if !self.renumber(one.frame, one.to) {
+            account.found_fresh(one.leaf, bit);
             return false;
         }
-        self.frames.blocks.read(frame, 0, &mut block.0);
-        if spill.file.write_all_at(&block.0, u64::from(frame) * BLOCK as u64).is_err() {
-            // the disk is full or broken: nothing happened, and the writer is refused if nobody else makes room
-            return false;
-        }
-        spill.written.fetch_add(1, Relaxed);
-        self.frames.marks.set(frame, Mark::Away);
-        self.frames.blocks.give_back(frame..frame + 1);
-        self.budget.credit(BLOCK as u64);
+        entry.store(one.to, Release);
         true
+    }
+
+    /// The block stays where it is.
+    fn call_back(&self, one: &Leaving) {
+        if one.to != 0 {
+            if self.frames.marks.get(one.to) == Mark::Away {
+                self.frames.marks.set(one.to, Mark::Here);
+            }
+            self.frames.pool.put_hollow(one.to);
+        }
+        self.release_frames(&one.map.account, &[one.frame]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn what_is_stored_and_unused_is_found_in_rows(
+            spans in prop::collection::vec((0..900u32, 1..90u32, any::<bool>()), 1..40),
+            least in 1..70u32,
+            next in 0..1000u32,
+        ) {
+            let mut stored = Stored { next, ..Stored::default() };
+            let (mut model, mut used) = (vec![false; 1024], vec![false; 1024]);
+            for (first, count, remove) in spans {
+                let span = first..first + count;
+                if remove {
+                    stored.remove(span.clone());
+                } else {
+                    span.clone().for_each(|number| stored.insert(number));
+                }
+                span.clone().for_each(|number| model[number as usize] = !remove);
+                used[span.end as usize] = true;
+                prop_assert_eq!(stored.count, model.iter().filter(|has| **has).count() as u64);
+            }
+            prop_assert!((0..1024).all(|number| stored.has(number) == model[number as usize]));
+            let unused = |number: u32| !used[number as usize];
+            // one search may begin inside a row, the next ones do not
+            for _ in 0..2 {
+                while let Some(run) = stored.find(least, unused) {
+                    prop_assert!(run.len() >= least as usize);
+                    for number in run.clone() {
+                        prop_assert!(model[number as usize] && unused(number));
+                        model[number as usize] = false;
+                    }
+                    stored.remove(run);
+                }
+            }
+            let left = (0..1024).map(|number| model[number as usize] && unused(number)).collect::<Vec<_>>();
+            let longest = left.split(|left| !left).map(<[bool]>::len).max().unwrap_or_default();
+            prop_assert!(longest < least as usize, "{longest} in a row are left");
+        }
     }
 }

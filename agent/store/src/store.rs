@@ -200,26 +200,44 @@ impl Inner {
 
     /// Keeps frames and nodes aside until a reservation is whole, with memory that the machine has given.
     pub(crate) fn fill_reserve(&self, map: &Map, after_cut: bool) -> Result<(), StoreError> {
-        if !map.account.is_alone() {
-            return Ok(());
-        }
+        self.fill_frames(map, after_cut)?;
+        self.fill_nodes(map, after_cut)
+    }
+
+    /// Keeps the frames aside that the map's reservation lacks.
+    pub(crate) fn fill_frames(&self, map: &Map, after_cut: bool) -> Result<(), StoreError> {
         let engine = &self.engine;
         loop {
-            let lack = map.account.lack(after_cut);
-            if lack.frames == 0 && lack.nodes == 0 {
+            let lack = map.account.lack(after_cut).frames;
+            if lack == 0 {
                 return Ok(());
             }
-            let mut frames: Vec<u32> = (0..lack.frames.min(RESERVE_STEP)).map_while(|_| engine.take_frame()).collect();
-            let nodes: Vec<u32> = (0..lack.nodes.min(RESERVE_STEP)).map_while(|_| engine.take_free_node()).collect();
-            let refused = frames.len() as u64 != lack.frames.min(RESERVE_STEP)
-                || nodes.len() as u64 != lack.nodes.min(RESERVE_STEP);
+            let wanted = lack.min(RESERVE_STEP);
+            let mut frames: Vec<u32> = (0..wanted).map_while(|_| engine.take_frame()).collect();
             frames.sort_unstable();
-            if refused || !engine.populate(&frames) {
+            if frames.len() as u64 != wanted || !engine.populate(&frames) {
                 frames.into_iter().for_each(|frame| engine.put_frame(frame));
-                nodes.into_iter().for_each(|node| engine.put_node(node));
-                return Err(self.full(lack.frames * BLOCK as u64));
+                return Err(self.full(lack * BLOCK as u64));
             }
-            map.account.fill(frames, nodes);
+            map.account.fill(frames, Vec::new());
+        }
+    }
+
+    /// The same with nodes.
+    pub(crate) fn fill_nodes(&self, map: &Map, after_cut: bool) -> Result<(), StoreError> {
+        let engine = &self.engine;
+        loop {
+            let lack = map.account.lack(after_cut).nodes;
+            if lack == 0 {
+                return Ok(());
+            }
+            let wanted = lack.min(RESERVE_STEP);
+            let nodes: Vec<u32> = (0..wanted).map_while(|_| engine.take_free_node()).collect();
+            if nodes.len() as u64 != wanted {
+                nodes.into_iter().for_each(|node| engine.put_node(node));
+                return Err(self.full(lack * NODE_COST));
+            }
+            map.account.fill(Vec::new(), nodes);
         }
     }
 
@@ -588,9 +606,14 @@ impl Store {
     /// only, and for as long as the answer is not 0: a huge page that is free goes back at once, one that is free in part goes
     /// back in part by this call, those with the most free blocks first, as far as more is free than stays for the next
     /// writes (1/128 of the budget, 128 MiB at most). What it leaves behind are small pages, which cost reads some speed.
+    ///
+    /// And makes holes in the spill file where blocks are not wanted any more, some at a time, 256 KiB and more in a row.
+    /// Without this call that room is used for what is spilled next, and all of it goes back to the disk with the next call
+    /// after the last block came back.
     pub fn give_back(&self) -> ByteLen {
         let engine = self.engine();
         let _inside = engine.world.enter();
+        engine.tidy_spilled();
         ByteLen((engine.cut_frames(engine.frames.pool.keep()) * BLOCK) as u64)
     }
 

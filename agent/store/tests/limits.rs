@@ -126,6 +126,99 @@ fn tenants_share_among_themselves_only() {
     assert_exact(&store);
 }
 
+/// Writes until the disk is full too, and again: then nobody gets more memory, and who has some promised has it.
+#[test]
+fn a_reservation_holds_although_the_volume_spills() {
+    let place = Spilling::new();
+    let (store, _) = place.open(ByteLen::mib(8));
+    let reserved = create(&store, 32, |spec| {
+        (spec.reservation, spec.when_full) = (Some(ByteLen::mib(4)), WhenFull::Spill);
+    })
+    .unwrap();
+    let promised = 4 << 8;
+    for n in 0..promised {
+        write(&reserved, n, 1 << 32 | n).unwrap();
+    }
+    let greedy = create(&store, 64, |spec| spec.when_full = WhenFull::Spill).unwrap();
+    fill(&greedy, 0, 2);
+    assert!(store.stats().spilled_bytes > ByteLen::mib(7), "{:?}", store.stats());
+    let reads = store.stats().spill_reads;
+    for n in 0..promised {
+        assert_block(&reserved, n, 1 << 32 | n);
+    }
+    assert_eq!(store.stats().spill_reads, reads, "nothing of it is on the disk");
+    for round in 0..4 {
+        for n in 0..promised {
+            write(&reserved, (n * 7 + round * 300) % promised, (round + 9) << 40 | n).unwrap();
+        }
+        assert_exact(&store);
+    }
+    // the next process promises as much
+    let id = reserved.id();
+    drop((reserved, greedy, store));
+    let (store, attached) = place.open(ByteLen::mib(8));
+    assert!(matches!(&attached, Attached::Warm(report) if report.faults.is_empty()), "{attached:?}");
+    let reserved = store.volume(id).unwrap();
+    for n in 0..promised {
+        write(&reserved, n, 77 << 40 | n).unwrap();
+    }
+    assert_exact(&store);
+}
+
+/// Bytes that the spill file takes on its disk.
+fn on_disk(place: &Spilling) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(place.directory.path().join("spill")).unwrap().blocks() * 512
+}
+
+#[test]
+fn the_spill_file_takes_no_more_than_its_limit_and_gives_back_what_nobody_wants() {
+    let place = Spilling::new();
+    let limit = ByteLen::mib(12);
+    let (store, _) = place.open(limit);
+    let volumes = [(); 2].map(|()| create(&store, 24, |spec| spec.when_full = WhenFull::Spill).unwrap());
+    let mut random = Random(5);
+    let mut model = [[0u64; 3 << 10]; 2];
+    for seed in 1..30_000u64 {
+        let (of, n) = (random.below(2) as usize, random.below(3 << 10));
+        write(&volumes[of], n, seed).unwrap();
+        model[of][n as usize] = seed;
+        if seed % 1000 == 0 {
+            assert!(on_disk(&place) <= limit.bytes() + (256 << 10), "{} of {limit}", on_disk(&place));
+        }
+    }
+    assert_exact(&store);
+    for (volume, blocks) in volumes.iter().zip(&model) {
+        (0..).zip(blocks).filter(|(_, seed)| **seed > 0).for_each(|(n, seed)| assert_block(volume, n, *seed));
+    }
+    let [kept, gone] = volumes;
+    let (before, id) = (on_disk(&place), gone.id());
+    drop(gone);
+    store.delete_volume(id).unwrap();
+    // what lies in a row goes back while others are still there
+    kept.trim(0, 11 << 20).unwrap();
+    for _ in 0..100 {
+        store.give_back();
+    }
+    assert!(on_disk(&place) < before, "{before}");
+    for n in 11 << 8..3 << 10 {
+        if model[0][n as usize] > 0 {
+            assert_block(&kept, n, model[0][n as usize]);
+        }
+    }
+    kept.trim(0, 24 << 20).unwrap();
+    store.give_back();
+    assert_eq!(on_disk(&place), 0);
+    for n in 0..6 << 10 {
+        write(&kept, n, 7 << 40 | n).unwrap();
+    }
+    assert!(on_disk(&place) > 8 << 20);
+    for n in 0..6 << 10 {
+        assert_block(&kept, n, 7 << 40 | n);
+    }
+    assert_exact(&store);
+}
+
 /// A store that spills, on a disk and in memory that outlives it.
 struct Spilling {
     directory: tempfile::TempDir,

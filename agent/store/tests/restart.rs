@@ -1,7 +1,8 @@
 //! A process that writes is killed (SIGKILL) and the next one attaches: whatever had returned is there, block by block
 //! against an oracle, counts are exact, and what was under way is there whole or not at all.
 //!
-//! 200 times by default; `MUSTER_STORE_KILLS=2000` for more.
+//! 200 times by default, and 100 times with less memory than is written, so that blocks are on their way to the disk and back;
+//! `MUSTER_STORE_KILLS=2000` for more.
 #![allow(clippy::unwrap_used)]
 
 use std::{
@@ -15,7 +16,7 @@ use std::{
 
 use muster_block::{BlockDevice, WriteFlags, ZeroFlags, conformance::Random};
 use muster_common::{ByteLen, Digest, VolumeId};
-use muster_store::{Attached, Store, StoreConfig, Volume, VolumeSpec};
+use muster_store::{Attached, SpillConfig, Store, StoreConfig, Volume, VolumeSpec, WhenFull};
 
 const SIZE: usize = 4 << 20;
 const BLOCK: usize = 4096;
@@ -23,16 +24,20 @@ const BLOCK: usize = 4096;
 const WRITERS: u64 = 3;
 const ARENA: &str = "MUSTER_TEST_ARENA";
 const ROUND: &str = "MUSTER_TEST_ROUND";
+const SPILLS: &str = "MUSTER_TEST_SPILLS";
 
 /// A directory in memory, gone with the value.
-struct Place(PathBuf);
+struct Place(PathBuf, WhenFull);
 
 impl Place {
     fn new() -> Place {
-        Place(PathBuf::from(format!("/dev/shm/muster-test-{}", VolumeId::random().short())))
+        Self::of(WhenFull::Refuse)
+    }
+    fn of(when_full: WhenFull) -> Place {
+        Place(PathBuf::from(format!("/dev/shm/muster-test-{}", VolumeId::random().short())), when_full)
     }
     fn config(&self) -> StoreConfig {
-        config(&self.0)
+        config(&self.0, self.1)
     }
     fn attach(&self) -> (Store, Attached) {
         Store::open_or_attach(self.config()).unwrap()
@@ -48,8 +53,10 @@ impl Drop for Place {
     }
 }
 
-fn config(directory: &Path) -> StoreConfig {
-    StoreConfig { directory: Some(directory.join("arena")), ..StoreConfig::new(ByteLen::mib(128)) }
+fn config(directory: &Path, when_full: WhenFull) -> StoreConfig {
+    let spill = SpillConfig { file: directory.join("spilled"), limit: ByteLen::mib(16) };
+    let (mib, spill) = if when_full == WhenFull::Spill { (3, Some(spill)) } else { (128, None) };
+    StoreConfig { directory: Some(directory.join("arena")), spill, ..StoreConfig::new(ByteLen::mib(mib)) }
 }
 
 fn volume_id(writer: u64) -> VolumeId {
@@ -94,7 +101,8 @@ fn step(round: u64, writer: u64, number: u64) -> Step {
 fn a_process_that_writes_until_it_is_killed() {
     let (Some(arena), Ok(round)) = (std::env::var_os(ARENA), std::env::var(ROUND)) else { return };
     let (arena, round): (PathBuf, u64) = (arena.into(), round.parse().unwrap());
-    let store = Store::open(config(&arena)).unwrap();
+    let when_full = if std::env::var_os(SPILLS).is_some() { WhenFull::Spill } else { WhenFull::Refuse };
+    let store = Store::open(config(&arena, when_full)).unwrap();
     let done = OpenOptions::new().write(true).open(arena.join("done")).unwrap();
     std::thread::scope(|scope| {
         for writer in 0..WRITERS {
@@ -114,6 +122,10 @@ fn a_process_that_writes_until_it_is_killed() {
                     done.write_all_at(&(number + 1).to_le_bytes(), writer * 8).unwrap();
                 }
             });
+        }
+        if when_full == WhenFull::Spill {
+            // what is shared is not spilled
+            return;
         }
         // and one that makes and deletes whatever else there is
         let store = &store;
@@ -159,6 +171,7 @@ fn start(place: &Place, round: u64) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "a_process_that_writes_until_it_is_killed", "--nocapture"])
         .env(ARENA, &place.0)
+        .envs((place.1 == WhenFull::Spill).then_some((SPILLS, "1")))
         .env(ROUND, round.to_string())
         .stdout(Stdio::null())
         .spawn()
@@ -219,8 +232,16 @@ fn compare(volume: &Volume, oracle: &mut Oracle, round: u64, writer: u64, done: 
 
 #[test]
 fn a_killed_process_loses_nothing_that_had_returned() {
-    let kills = std::env::var("MUSTER_STORE_KILLS").map_or(200, |kills| kills.parse().unwrap());
-    let place = Place::new();
+    kill_again_and_again(&Place::new(), 200);
+}
+
+#[test]
+fn a_killed_process_loses_nothing_that_was_on_its_way_to_the_disk() {
+    kill_again_and_again(&Place::of(WhenFull::Spill), 100);
+}
+
+fn kill_again_and_again(place: &Place, times: u64) {
+    let kills = std::env::var("MUSTER_STORE_KILLS").map_or(times, |kills| kills.parse().unwrap());
     std::fs::create_dir_all(&place.0).unwrap();
     let mut image = vec![0; SIZE];
     Random(1).fill(&mut image[..SIZE / 2]);
@@ -232,16 +253,17 @@ fn a_killed_process_loses_nothing_that_had_returned() {
         builder.write_chunk(0, &image).unwrap();
         builder.finish().unwrap();
         for writer in 0..WRITERS {
-            store.create_volume(VolumeSpec::clone_of(volume_id(writer), digest())).unwrap();
+            let spec = VolumeSpec { when_full: place.1, ..VolumeSpec::clone_of(volume_id(writer), digest()) };
+            store.create_volume(spec).unwrap();
             oracles.push(Oracle { bytes: image.clone(), generation: 0 });
         }
     }
     let done = place.0.join("done");
-    let mut steps = 0;
+    let (mut steps, mut spilled) = (0, 0);
     for round in 1..=kills {
         std::fs::write(&done, [0; 8 * WRITERS as usize]).unwrap();
         let file = File::open(&done).unwrap();
-        let mut child = start(&place, round);
+        let mut child = start(place, round);
         // it is killed at some moment after everybody has begun
         let mut random = Random(round);
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -259,6 +281,7 @@ fn a_killed_process_loses_nothing_that_had_returned() {
         assert!(report.faults.is_empty(), "round {round}: {:?}", report.faults);
         let audit = store.audit();
         assert!(audit.is_exact(), "round {round}: {:?}", audit.faults);
+        spilled += u64::from(store.stats().spilled_bytes > ByteLen::ZERO);
         for writer in 0..WRITERS {
             let volume = store.volume(volume_id(writer)).unwrap();
             let finished = steps_done(&file, writer);
@@ -280,7 +303,11 @@ fn a_killed_process_loses_nothing_that_had_returned() {
         store.image(&digest()).unwrap().read_at(0, &mut found).unwrap();
         assert!(found == image, "round {round}: the image changed");
     }
-    println!("{kills} kills, {steps} steps");
+    assert!(
+        place.1 == WhenFull::Refuse || spilled > kills / 2,
+        "seldom was there anything on the disk: {spilled} times"
+    );
+    println!("{kills} kills, {steps} steps, {spilled} times with blocks on the disk");
 }
 
 #[test]

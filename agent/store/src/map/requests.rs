@@ -1,6 +1,7 @@
 //! Requests: what a disk is asked. Offsets and lengths were checked against its size.
 
 use super::*;
+use crate::marks::Mark;
 
 impl Engine {
     pub(crate) fn read(&self, map: &Map, mut offset: u64, mut buf: &mut [u8]) -> Result<(), Refused> {
@@ -89,6 +90,7 @@ impl Engine {
     }
 
     pub(crate) fn write(&self, map: &Map, mut offset: u64, mut data: &[u8]) -> Result<(), Refused> {
+        let mut again = false;
         while !data.is_empty() {
             let block = offset / BLOCK_BYTES;
             let from = (offset % BLOCK_BYTES) as usize;
@@ -100,9 +102,12 @@ impl Engine {
                 (self.write_blocks(map, block, &data[..blocks * BLOCK]), blocks * BLOCK)
             };
             match result {
-                Ok(()) => {}
+                Ok(()) => again = false,
                 // nothing of this piece was changed: once more when there is room now
-                Err(Refused::Full) if map.account.spills() && self.make_room() => continue,
+                Err(Refused::Full) if map.account.spills() && self.make_room(again) => {
+                    again = true;
+                    continue;
+                }
                 Err(refused) => return Err(refused),
             }
             offset += len as u64;
@@ -195,6 +200,17 @@ impl Engine {
 
     /// Makes the range read as zero and frees what it held.
     pub(crate) fn clear(&self, map: &Map, offset: u64, len: u64) -> Result<(), Refused> {
+        let mut again = false;
+        loop {
+            match self.clear_range(map, offset, len) {
+                // what was cleared stays so; the rest needs a node of its own, or a frame for a part of a block
+                Err(Refused::Full) if map.account.spills() && self.make_room(again) => again = true,
+                result => return result,
+            }
+        }
+    }
+
+    fn clear_range(&self, map: &Map, offset: u64, len: u64) -> Result<(), Refused> {
         let mut end = offset + len;
         if end == map.size() {
             // of a short last block there is nothing behind the end to keep
@@ -330,11 +346,27 @@ impl Engine {
         }
     }
 
-    /// A bit for each block of the leaf whose frame is this map's alone.
-    pub(crate) fn alone_bits(&self, map: &Map, leaf: u64) -> u64 {
+    /// A bit for each block of the leaf whose frame is this map's alone, and in memory.
+    pub(crate) fn fresh_bits(&self, map: &Map, leaf: u64) -> u64 {
         let mut bits = 0;
-        self.for_each_alone(map, leaf, |at, _| bits |= 1 << at);
+        self.for_each_alone(map, leaf, |at, frame| {
+            bits |= u64::from(self.frames.marks.get(frame) != Mark::Away) << at;
+        });
         bits
+    }
+
+    /// Nodes that are this map's alone.
+    pub(crate) fn alone_nodes(&self, map: &Map) -> usize {
+        fn below(engine: &Engine, node: u32, level: u32) -> usize {
+            if node == 0 || engine.nodes.references(node).load(Relaxed) != 1 {
+                return 0;
+            }
+            let children = engine.nodes.entries(node).iter().filter(|_| level > 0);
+            1 + children.map(|child| below(engine, child.load(Relaxed), level - 1)).sum::<usize>()
+        }
+        let trees = map.freeze();
+        let open = trees.iter().filter(|tree| tree.check_open().is_ok());
+        open.map(|tree| below(self, tree.root.load(Relaxed), tree.height)).sum()
     }
 
     /// Shows the frames of a leaf that are this map's alone, with their place in it. Nobody drops them meanwhile: the stripe
@@ -342,24 +374,38 @@ impl Engine {
     pub(crate) fn for_each_alone(&self, map: &Map, leaf: u64, mut see: impl FnMut(usize, u32)) {
         let (stripe, index) = place(leaf);
         let tree = map.stripes[stripe].0.read();
-        if tree.check_open().is_err() {
-            return;
-        }
-        let mut node = tree.root.load(Relaxed);
-        for level in (0..=tree.height).rev() {
-            if node == 0 || self.nodes.references(node).load(Relaxed) != 1 {
-                return;
-            }
-            if level > 0 {
-                node = self.nodes.entries(node)[entry(index, level - 1)].load(Relaxed);
-            }
-        }
-        for (at, entry) in self.nodes.entries(node).iter().enumerate() {
+        for (at, entry) in self.alone_leaf(&tree, index).iter().enumerate() {
             let frame = entry.load(Relaxed);
             if frame != 0 && self.frames.count(frame) == 1 {
                 see(at, frame);
             }
         }
+    }
+
+    /// Has `change` change entries of a leaf that is this map's alone, while nobody reads or writes it. None are shown when it
+    /// is not, or gone.
+    pub(crate) fn change_alone(&self, map: &Map, leaf: u64, change: impl FnOnce(&[AtomicU32])) {
+        let (stripe, index) = place(leaf);
+        let tree = map.stripes[stripe].0.write();
+        change(self.alone_leaf(&tree, index));
+    }
+
+    /// The entries of a leaf when nobody else reaches it; none otherwise.
+    fn alone_leaf(&self, tree: &Tree, index: u64) -> &[AtomicU32] {
+        if tree.check_open().is_err() {
+            return &[];
+        }
+        let mut node = tree.root.load(Relaxed);
+        for level in (0..=tree.height).rev() {
+            // Acquire: whoever else reached it is done
+            if node == 0 || self.nodes.references(node).load(Acquire) != 1 {
+                return &[];
+            }
+            if level > 0 {
+                node = self.nodes.entries(node)[entry(index, level - 1)].load(Relaxed);
+            }
+        }
+        self.nodes.entries(node)
     }
 
     pub(crate) fn count_mapped(&self, node: u32, level: u32) -> u64 {

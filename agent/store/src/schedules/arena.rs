@@ -5,10 +5,7 @@ use std::{
     fs::File,
     io,
     ops::Range,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::{Mutex, PoisonError, atomic::Ordering::Relaxed},
 };
 
 use crate::{PageKind, sync::atomic::AtomicU32};
@@ -47,19 +44,12 @@ pub(crate) struct Blocks {
     /// Locked for moments in which no other thread can come in.
     frames: Box<[Mutex<Frame>]>,
     step: AtomicU32,
-    /// Frames are spilled: readers find out by the marks that they have to read again.
-    spills: AtomicBool,
 }
 
 impl Blocks {
     pub(crate) fn reserve(frames: usize, _: PageKind, _: Option<&File>) -> io::Result<Blocks> {
         let frames = (0..frames).map(|_| Mutex::default()).collect();
-        Ok(Blocks { frames, step: AtomicU32::new(0), spills: AtomicBool::new(false) })
-    }
-
-    /// From now on frames may be changed while they are read.
-    pub(crate) fn expect_spilling(&self) {
-        self.spills.store(true, Relaxed);
+        Ok(Blocks { frames, step: AtomicU32::new(0) })
     }
 
     fn at<R>(&self, frame: u32, look: impl FnOnce(&mut Frame) -> R) -> R {
@@ -71,13 +61,13 @@ impl Blocks {
         self.step.load(Relaxed);
     }
 
-    fn check(&self, is: bool, rule: &str, frame: u32) {
-        assert!(is || self.spills.load(Relaxed), "frame {frame} {rule}");
+    fn check(is: bool, rule: &str, frame: u32) {
+        assert!(is, "frame {frame} {rule}");
     }
 
     pub(crate) fn fill(&self, frame: u32, block: &[u8; BLOCK]) {
         self.at(frame, |at| {
-            self.check(!at.filling && at.readers == 0, "is filled while somebody uses it", frame);
+            Self::check(!at.filling && at.readers == 0, "is filled while somebody uses it", frame);
             at.filling = true;
             at.bytes.get_or_insert_with(|| Box::new([0; BLOCK]))[..BLOCK / 2].copy_from_slice(&block[..BLOCK / 2]);
         });
@@ -96,7 +86,7 @@ impl Blocks {
             None => to.fill(0),
         };
         self.at(frame, |at| {
-            self.check(!at.filling, "is read while it is filled", frame);
+            Self::check(!at.filling, "is read while it is filled", frame);
             at.readers += 1;
             copy(at, from, first);
         });
@@ -130,7 +120,7 @@ impl Blocks {
     pub(crate) fn give_back(&self, frames: Range<u32>) {
         for frame in frames {
             self.at(frame, |at| {
-                self.check(!at.filling && at.readers == 0, "is given back while somebody uses it", frame);
+                Self::check(!at.filling && at.readers == 0, "is given back while somebody uses it", frame);
                 at.bytes = None;
             });
         }

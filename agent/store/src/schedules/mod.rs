@@ -486,18 +486,18 @@ fn blocks_go_to_the_disk_and_come_back_under_readers_and_writers() {
         let place = tempfile::tempdir_in("/dev/shm").unwrap();
         let config = SpillConfig { file: place.path().join("spilled"), limit: ByteLen::mib(1) };
         // less than what is spilled at a time, so that there is always reason to
-        let mut engine = engine(16, 100 << 10);
-        engine.spill = Some(Spill::open(&config, 16, false).unwrap());
-        engine.frames.marks.arm();
-        engine.frames.blocks.expect_spilling();
+        let mut engine = engine(160, 100 << 10);
+        engine.spill = Some(Spill::open(&config, 160, false).unwrap());
+        engine.expect_spilling();
         let limits = Limits { when_full: WhenFull::Spill, ..Limits::default() };
         let [a, b] = [map_with(&engine, limits), map(&engine)];
         engine.spill.as_ref().unwrap().watch(&a);
         (0..3).for_each(|at| write(&engine, &a, at, at as u8 + 1).unwrap());
         thread::scope(|scope| {
             scope.spawn(|| {
-                engine.make_room();
-                engine.make_room();
+                engine.make_room(false);
+                engine.make_room(true);
+                engine.tidy_spilled();
             });
             scope.spawn(|| {
                 for at in [0, 1, 0, 1] {
@@ -514,6 +514,43 @@ fn blocks_go_to_the_disk_and_come_back_under_readers_and_writers() {
         assert_eq!([0, 1, 2].map(|at| read(&engine, &a, at)), [Ok(1), Ok(2), Ok(5)]);
         audit(&engine, &[&a, &b]);
         close_all(&engine, &[&a, &b]);
+        assert_eq!(engine.frames.marks.counts(), (0, 0));
+    });
+}
+
+#[test]
+fn a_copy_is_whole_whose_blocks_are_on_their_way_to_the_disk() {
+    explore(|| {
+        let place = tempfile::tempdir_in("/dev/shm").unwrap();
+        let config = SpillConfig { file: place.path().join("spilled"), limit: ByteLen::mib(1) };
+        let mut engine = engine(160, 100 << 10);
+        engine.spill = Some(Spill::open(&config, 160, false).unwrap());
+        engine.expect_spilling();
+        let a = map_with(&engine, Limits { when_full: WhenFull::Spill, ..Limits::default() });
+        engine.spill.as_ref().unwrap().watch(&a);
+        (0..3).for_each(|at| write(&engine, &a, at, at as u8 + 1).unwrap());
+        let (mut copy, mut third) = (None, None);
+        thread::scope(|scope| {
+            scope.spawn(|| engine.make_room(true));
+            scope.spawn(|| engine.make_room(true));
+            let made = scope.spawn(|| {
+                let copy = copy_of(&engine, &a).unwrap();
+                assert!([Ok(1), Ok(3)].contains(&read(&engine, &copy, 0)));
+                assert_eq!(read(&engine, &copy, 1), Ok(2));
+                third = Some(read(&engine, &copy, 2).unwrap());
+                copy
+            });
+            // before or after
+            clear(&engine, &a, 2).unwrap();
+            write(&engine, &a, 0, 3).unwrap();
+            copy = Some(made.join().unwrap());
+        });
+        let copy = copy.unwrap();
+        assert!(third == Some(3) || third == Some(0), "{third:?}");
+        assert_eq!(read(&engine, &copy, 2).ok(), third);
+        assert_eq!([0, 1].map(|at| read(&engine, &a, at)), [Ok(3), Ok(2)]);
+        audit(&engine, &[&a, &copy]);
+        close_all(&engine, &[&a, &copy]);
         assert_eq!(engine.frames.marks.counts(), (0, 0));
     });
 }

@@ -49,9 +49,11 @@ impl Store {
         let most = u64::from(u32::MAX - 1);
         let spilled = config.spill.as_ref().map_or(0, |spill| spill.limit.bytes());
         let budget = config.budget.bytes();
+        // there are always numbers for what is spilled next, whatever pages the others share
+        let beside = if config.spill.is_some() { 1024 } else { 0 };
         Layout {
             pages,
-            frames: (budget.saturating_add(spilled) / BLOCK as u64).min(most) as u32,
+            frames: ((budget.saturating_add(spilled) / BLOCK as u64).saturating_add(beside)).min(most) as u32,
             nodes: (budget / NODE_COST).min(most) as u32,
         }
     }
@@ -69,6 +71,7 @@ impl Store {
         if !inner.engine.budget.charge(FIXED) {
             return Err(inner.full(FIXED));
         }
+        inner.engine.expect_spilling();
         Ok(Store { owner: Arc::new(Owner { inner: Arc::new(inner) }) })
     }
 
@@ -107,9 +110,6 @@ impl Store {
             domains: Default::default(),
             sticky,
         };
-        if engine.spill.is_some() {
-            engine.frames.marks.arm();
-        }
         let records = Records::reserve(&memory).map_err(map_error("records"))?;
         engine.domains.write().push(Arc::new(Domain::new(0, &key, [0; 16])));
         Ok(Inner {
@@ -171,6 +171,7 @@ impl Store {
         if wrong > 0 {
             report.faults.push(format!("{wrong} blocks in use had no memory"));
         }
+        inner.engine.expect_spilling();
         inner.make_again(records, &mut report);
         let (away, _) = inner.engine.frames.marks.counts();
         if away > 0 && inner.engine.spill.as_ref().is_none_or(Spill::was_empty) {
@@ -304,25 +305,30 @@ impl Inner {
                 }
             }
         }
-        for volume in counted {
-            if let Err(error) = self.find_account(&volume) {
-                let text = format!("volume {}: its reservation is not whole: {error}", volume.id());
-                report.faults.push(text);
-            }
+        // The frames kept for all of them first: for nodes, free frames may have to go back to the machine.
+        let fault = |volume: &Volume, error| format!("volume {}: its reservation is not whole: {error}", volume.id());
+        for volume in &counted {
+            let found = self.find_account(volume).and_then(|()| self.fill_frames(&volume.disk.map, false));
+            report.faults.extend(found.err().map(|error| fault(volume, error)));
+        }
+        for volume in &counted {
+            let found = self.fill_nodes(&volume.disk.map, false);
+            report.faults.extend(found.err().map(|error| fault(volume, error)));
         }
     }
 
-    /// What a volume with a quota or a reservation has written, and what has to be kept for it.
+    /// What a volume with a quota or a reservation has written.
     fn find_account(&self, volume: &Volume) -> Result<(), StoreError> {
         volume.count_own()?;
         let map = &volume.disk.map;
         if map.account.is_alone() {
             let leaves = map.size().div_ceil(BLOCK as u64).div_ceil(64);
             for leaf in 0..leaves {
-                let bits = self.engine.alone_bits(map, leaf);
+                let bits = self.engine.fresh_bits(map, leaf);
                 map.account.found_fresh(leaf, bits);
             }
+            map.account.found_nodes(self.engine.alone_nodes(map));
         }
-        self.fill_reserve(map, false)
+        Ok(())
     }
 }
