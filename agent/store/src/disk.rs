@@ -41,6 +41,18 @@ pub(crate) struct Holder {
     pub(crate) limits: Limits,
 }
 
+/// What was charged for a disk to be; credited when it comes to nothing.
+pub(crate) struct Paid {
+    inner: Arc<Inner>,
+    cost: u64,
+}
+
+impl Drop for Paid {
+    fn drop(&mut self) {
+        self.inner.engine.budget.credit(self.cost);
+    }
+}
+
 impl Disk {
     pub(crate) fn check_size(size: ByteLen) -> Result<(), StoreError> {
         let rule = match size.bytes() {
@@ -52,33 +64,18 @@ impl Disk {
         Err(StoreError::Size { size, rule })
     }
 
-    /// Takes over the trees. The caller is inside the world since before it made them.
-    pub(crate) fn new(
-        inner: &Arc<Inner>,
-        size: u64,
-        trees: Trees,
-        owner: Holder,
-        read_only: bool,
-    ) -> Result<Disk, StoreError> {
-        let cost = DISK_COST + Account::cost(owner.limits, size);
-        if !inner.engine.charge(cost) {
-            inner.engine.release_trees(&Account::NONE, trees);
+    /// Charges for a disk before its trees are made: what a copy shares cannot make room any more. The caller is inside the world.
+    pub(crate) fn pay(inner: &Arc<Inner>, size: u64, limits: Limits) -> Result<Paid, StoreError> {
+        let cost = DISK_COST + Account::cost(limits, size);
+        if !inner.engine.charge_or_spill(cost) {
             return Err(inner.full(cost));
         }
-        Ok(Self::charged(inner, size, trees, owner, read_only, cost))
+        Ok(Paid { inner: Arc::clone(inner), cost })
     }
 
-    /// The same of what an earlier process left: it is there, whether the budget holds it or not.
-    pub(crate) fn found(inner: &Arc<Inner>, number: u32, record: &Record, trees: Trees, owner: Holder) -> Disk {
-        let size = record.variant.size;
-        let cost = DISK_COST + Account::cost(owner.limits, size);
-        inner.engine.budget.charge_anyway(cost);
-        let disk = Self::charged(inner, size, trees, owner, record.read_only, cost);
-        disk.record.store(number, Relaxed);
-        disk
-    }
-
-    fn charged(inner: &Arc<Inner>, size: u64, trees: Trees, owner: Holder, read_only: bool, cost: u64) -> Disk {
+    /// Takes over the trees. The caller is inside the world since before it made them.
+    pub(crate) fn new(mut paid: Paid, size: u64, trees: Trees, owner: Holder, read_only: bool) -> Disk {
+        let inner = Arc::clone(&paid.inner);
         let account = Account::new(owner.limits, size);
         let spills = account.spills();
         let map = Arc::new(Map::new(size, trees, owner.domain, account));
@@ -86,7 +83,18 @@ impl Disk {
             spill.watch(&map);
         }
         let number = inner.enter_in_books(&map);
-        Disk { inner: Arc::clone(inner), map, number, record: AtomicU32::new(0), read_only, cost: AtomicU64::new(cost) }
+        let cost = AtomicU64::new(std::mem::take(&mut paid.cost));
+        Disk { inner, map, number, record: AtomicU32::new(0), read_only, cost }
+    }
+
+    /// The same of what an earlier process left: it is there, whether the budget holds it or not.
+    pub(crate) fn found(inner: &Arc<Inner>, number: u32, record: &Record, trees: Trees, owner: Holder) -> Disk {
+        let size = record.variant.size;
+        let cost = DISK_COST + Account::cost(owner.limits, size);
+        inner.engine.budget.charge_anyway(cost);
+        let disk = Self::new(Paid { inner: Arc::clone(inner), cost }, size, trees, owner, record.read_only);
+        disk.record.store(number, Relaxed);
+        disk
     }
 
     /// Writes down what must be known to find the disk again.
@@ -111,7 +119,7 @@ impl Disk {
     pub(crate) fn charge_growth(&self, size: ByteLen) -> Result<impl FnOnce() + '_, StoreError> {
         let (inner, account) = (&self.inner, &self.map.account);
         let more = account.bytes(size.bytes()).saturating_sub(account.bytes(self.size().bytes()));
-        if !inner.engine.charge(more) {
+        if !inner.engine.charge_or_spill(more) {
             return Err(inner.full(more));
         }
         let nodes = account.provide_for(size.bytes());
@@ -142,8 +150,9 @@ impl Disk {
 
     /// The same for somebody else.
     pub(crate) fn fork_for(&self, size: u64, owner: Holder, read_only: bool) -> Result<Disk, StoreError> {
+        let paid = Disk::pay(&self.inner, size, owner.limits)?;
         let trees = self.fork_trees(size)?;
-        Disk::new(&self.inner, size, trees, owner, read_only)
+        Ok(Disk::new(paid, size, trees, owner, read_only))
     }
 
     pub(crate) fn fork_trees(&self, size: u64) -> Result<Trees, StoreError> {

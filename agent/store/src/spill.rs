@@ -399,6 +399,18 @@ impl Engine {
         !moved.is_empty() || changed
     }
 
+    /// Charges the budget for what the store needs for itself, whoever's blocks have to leave memory for it. The caller holds no
+    /// lock of a map.
+    pub(crate) fn charge_or_spill(&self, bytes: u64) -> bool {
+        let mut again = false;
+        while !self.charge(bytes) {
+            if !self.make_room(std::mem::replace(&mut again, true)) {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Whether some frames fit, and what goes with them.
     fn has_room(&self) -> bool {
         const SOME: usize = BATCH / 2;

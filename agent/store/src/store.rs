@@ -252,9 +252,10 @@ impl Inner {
         // A copy, so that the disk goes on meanwhile and no lock of it is held for long.
         let copy = {
             let _inside = self.engine.world.enter();
+            let paid = Disk::pay(&disk.inner, disk.map.size(), Limits::default())?;
             let trees = self.engine.fork(&disk.map, disk.map.size()).map_err(|r| self.refused(&disk.map, r))?;
             let holder = Holder { domain: Arc::clone(&disk.map.domain), limits: Limits::default() };
-            Disk::new(&disk.inner, disk.map.size(), trees, holder, true)?
+            Disk::new(paid, disk.map.size(), trees, holder, true)
         };
         let mut report = VerifyReport::default();
         self.engine
@@ -339,8 +340,16 @@ impl Store {
 
     fn blank(&self, size: u64, holder: Holder, read_only: bool) -> Result<Disk, StoreError> {
         let inner = self.inner();
-        let trees = inner.engine.empty_trees(size).map_err(|_| inner.full(NODE_COST))?;
-        Disk::new(inner, size, trees, holder, read_only)
+        let paid = Disk::pay(inner, size, holder.limits)?;
+        let mut again = false;
+        let trees = loop {
+            match inner.engine.empty_trees(size) {
+                Ok(trees) => break trees,
+                Err(_) if inner.engine.make_room(again) => again = true,
+                Err(_) => return Err(inner.full(NODE_COST)),
+            }
+        };
+        Ok(Disk::new(paid, size, trees, holder, read_only))
     }
 
     /// All resident images, in the order of their digests.

@@ -308,6 +308,36 @@ fn cold_blocks_go_to_the_disk_and_come_back() {
 }
 
 #[test]
+fn what_the_store_needs_for_itself_is_there_while_blocks_can_leave() {
+    let place = Spilling::new();
+    let (store, _) = place.open(ByteLen::mib(64));
+    let volume = create(&store, 64, |spec| spec.when_full = WhenFull::Spill).unwrap();
+    for n in 0..24 << 8 {
+        write(&volume, n, n + 1).unwrap();
+    }
+    let full = store.stats();
+    assert!(full.budget.bytes() - full.resident_bytes.bytes() < 8192, "{full:?}");
+    let mut blank = Vec::new();
+    for round in 0..200 {
+        // each takes a kilobyte or two; what it shares does not leave meanwhile
+        drop(volume.snapshot().unwrap());
+        drop(store.snapshot_together(&[volume.id()]).unwrap());
+        if round % 50 == 0 {
+            assert!(store.verify_volume(volume.id()).unwrap().is_clean());
+        }
+        // more than stays free after a write
+        let others = if round == 100 { 400 } else { 1 };
+        blank.extend((0..others).map(|_| create(&store, 64, |_| {}).unwrap()));
+        for n in 0..7 {
+            let at = 7000 + 8 * round + n;
+            write(&volume, at, 6 << 40 | at).unwrap();
+        }
+        assert!(store.stats().resident_bytes <= full.budget);
+    }
+    assert_exact(&store);
+}
+
+#[test]
 fn a_spill_file_that_is_full_refuses_like_memory_does() {
     let place = Spilling::new();
     let (store, _) = place.open(ByteLen::mib(4));

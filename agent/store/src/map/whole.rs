@@ -21,9 +21,17 @@ impl Engine {
         Trees { top, stripes: std::array::from_fn(tree) }
     }
 
-    /// The trees of a copy of the map as it is now, for a disk of at least its size.
+    /// The trees of a copy of the map as it is now, for a disk of at least its size. What little that takes others make room
+    /// for, if they may.
     pub(crate) fn fork(&self, map: &Map, size: u64) -> Result<Trees, Refused> {
-        self.fork_frozen(&map.freeze(), size)
+        let mut again = false;
+        loop {
+            let forked = self.fork_frozen(&map.freeze(), size);
+            match forked {
+                Err(Refused::Full) if self.make_room(again) => again = true,
+                forked => return forked,
+            }
+        }
     }
 
     /// The same of a map that the caller froze.

@@ -1,6 +1,7 @@
 //! Snapshots: of several volumes at one instant, and those that are kept.
 
 use super::*;
+use crate::map::{Refused, Trees};
 
 impl Store {
     pub(super) fn snapshot_record(snapshot: &Snapshot, id: SnapshotId, label: &str, of: Option<VolumeId>) -> Record {
@@ -35,44 +36,54 @@ impl Store {
         for volume in &order {
             inner.fill_reserve(&volume.disk.map, true)?;
         }
-        let mut trees = HashMap::new();
-        {
-            let frozen: Vec<_> = order.iter().map(|volume| (*volume, volume.disk.map.freeze())).collect();
-            for (volume, frozen) in &frozen {
-                let map = &volume.disk.map;
-                match inner.engine.fork_frozen(frozen, map.size()) {
-                    Ok(copy) => {
-                        trees.insert(volume.id(), copy);
-                    }
-                    Err(refused) => {
-                        trees.into_values().for_each(|copy| inner.engine.release_trees(&Account::NONE, copy));
-                        return Err(inner.refused(map, refused));
-                    }
-                }
+        let mut paid = HashMap::new();
+        for volume in &order {
+            paid.insert(volume.id(), Disk::pay(inner, volume.disk.map.size(), Limits::default())?);
+        }
+        let mut again = false;
+        let mut trees = loop {
+            match Self::fork_together(&inner.engine, &order) {
+                Ok(trees) => break trees,
+                Err((Refused::Full, _)) if inner.engine.make_room(again) => again = true,
+                Err((refused, volume)) => return Err(inner.refused(&volume.disk.map, refused)),
             }
-            for (volume, _) in &frozen {
-                volume.disk.map.account.cut();
+        };
+        let mut made = HashMap::new();
+        for volume in &order {
+            if let (Some(trees), Some(paid)) = (trees.remove(&volume.id()), paid.remove(&volume.id())) {
+                let map = &volume.disk.map;
+                let holder = Holder { domain: Arc::clone(&map.domain), limits: Limits::default() };
+                made.insert(volume.id(), Snapshot { disk: Arc::new(Disk::new(paid, map.size(), trees, holder, true)) });
             }
         }
         for volume in &order {
             inner.fill_reserve(&volume.disk.map, false)?;
         }
-        let mut made = HashMap::new();
-        for volume in &order {
-            if let Some(copy) = trees.remove(&volume.id()) {
-                let map = &volume.disk.map;
-                let holder = Holder { domain: Arc::clone(&map.domain), limits: Limits::default() };
-                let disk = Disk::new(inner, map.size(), copy, holder, true);
-                match disk {
-                    Ok(disk) => made.insert(volume.id(), Snapshot { disk: Arc::new(disk) }),
-                    Err(error) => {
-                        trees.into_values().for_each(|copy| inner.engine.release_trees(&Account::NONE, copy));
-                        return Err(error);
-                    }
-                };
+        Ok(volumes.iter().filter_map(|id| made.get(id).cloned()).collect())
+    }
+
+    /// Copies of these volumes at one instant; or whose was refused.
+    fn fork_together<'a>(
+        engine: &Engine,
+        order: &[&'a Arc<Volume>],
+    ) -> Result<HashMap<VolumeId, Trees>, (Refused, &'a Arc<Volume>)> {
+        let mut trees = HashMap::new();
+        let frozen: Vec<_> = order.iter().map(|volume| (*volume, volume.disk.map.freeze())).collect();
+        for (volume, frozen) in &frozen {
+            match engine.fork_frozen(frozen, volume.disk.map.size()) {
+                Ok(copy) => {
+                    trees.insert(volume.id(), copy);
+                }
+                Err(refused) => {
+                    trees.into_values().for_each(|copy| engine.release_trees(&Account::NONE, copy));
+                    return Err((refused, *volume));
+                }
             }
         }
-        Ok(volumes.iter().filter_map(|id| made.get(id).cloned()).collect())
+        for (volume, _) in &frozen {
+            volume.disk.map.account.cut();
+        }
+        Ok(trees)
     }
 
     /// Keeps a snapshot on the books, under a label (not unique): it is there after this process, and after its volume.
