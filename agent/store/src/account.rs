@@ -20,7 +20,7 @@ use crate::{
     sync::{
         Mutex, RwLock,
         atomic::{
-            AtomicU64, AtomicUsize,
+            AtomicBool, AtomicU64, AtomicUsize,
             Ordering::{Relaxed, SeqCst},
         },
     },
@@ -53,6 +53,14 @@ struct Reserve {
     most_nodes: AtomicUsize,
     /// Of those, the ones the tree has for itself: as far as an attaching store found them, until a copy is made.
     own_nodes: AtomicUsize,
+    closed: AtomicBool,
+}
+
+impl Reserve {
+    /// Blocks that have to be the volume's alone, and in memory, with the frames that are kept.
+    fn needs(&self) -> u64 {
+        (self.wanted + UNDER_WAY).saturating_sub(self.frames.lock().len() as u64)
+    }
 }
 
 /// Nodes that map all of a disk of so many leaves: a leaf each, inner nodes above them, a root and a path for each of the 16
@@ -113,6 +121,10 @@ impl Bits {
         true
     }
 
+    fn has(&self, leaf: u64, bit: u64) -> bool {
+        self.words.read().get(leaf as usize).is_some_and(|word| word.load(Relaxed) & bit != 0)
+    }
+
     fn clear(&self) {
         self.words.read().iter().for_each(|word| word.store(0, Relaxed));
         self.set.store(0, SeqCst);
@@ -158,6 +170,7 @@ impl Account {
             nodes: Mutex::default(),
             most_nodes: AtomicUsize::new(nodes_for(leaves)),
             own_nodes: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
         });
         let quota = if quota == 0 { u64::MAX } else { blocks(quota) };
         Account {
@@ -236,14 +249,25 @@ impl Account {
         }
     }
 
-    /// Blocks that may leave memory: those beyond the reservation.
+    /// Blocks that are the volume's alone and may leave memory: those beyond what the reservation needs of them, with the frames
+    /// that are kept.
     pub(crate) fn may_leave(&self) -> u64 {
-        self.reserve().map_or(u64::MAX, |reserve| reserve.fresh.set.load(SeqCst).saturating_sub(reserve.wanted))
+        self.reserve().map_or(u64::MAX, |reserve| reserve.fresh.set.load(SeqCst).saturating_sub(reserve.needs()))
+    }
+
+    /// Whether the reservation counts on the block being there. The caller has the lock of the leaf.
+    pub(crate) fn counts_on(&self, leaf: u64, bit: u64) -> bool {
+        self.reserve().is_some_and(|reserve| reserve.fresh.has(leaf, bit))
+    }
+
+    /// How many blocks it counts on.
+    pub(crate) fn counts_on_blocks(&self) -> u64 {
+        self.reserve().map_or(0, |reserve| reserve.fresh.set.load(SeqCst))
     }
 
     /// Notes that a block leaves memory; false when the reservation needs it there. The caller has the write lock of the leaf.
     pub(crate) fn leave(&self, leaf: u64, bit: u64) -> bool {
-        self.reserve().is_none_or(|reserve| reserve.fresh.clear_above(leaf, bit, reserve.wanted))
+        self.reserve().is_none_or(|reserve| reserve.fresh.clear_above(leaf, bit, reserve.needs()))
     }
 
     /// The contents were exchanged for others.
@@ -329,11 +353,15 @@ impl Account {
         }
     }
 
-    /// Everything that is kept aside.
+    /// Everything that is kept aside, of a disk that is no more: whoever still has frames of it on their way keeps none here.
     pub(crate) fn empty(&self) -> (Vec<u32>, Vec<u32>) {
         match self.reserve() {
             None => Default::default(),
-            Some(reserve) => (std::mem::take(&mut *reserve.frames.lock()), std::mem::take(&mut *reserve.nodes.lock())),
+            Some(reserve) => {
+                let (mut frames, mut nodes) = (reserve.frames.lock(), reserve.nodes.lock());
+                reserve.closed.store(true, SeqCst);
+                (std::mem::take(&mut *frames), std::mem::take(&mut *nodes))
+            }
         }
     }
 
@@ -346,7 +374,8 @@ impl Account {
     pub(crate) fn keep_frame(&self, frame: u32) -> bool {
         let Some(reserve) = self.reserve() else { return false };
         let mut frames = reserve.frames.lock();
-        let keep = frames.len() as u64 + reserve.fresh.set.load(SeqCst) < reserve.wanted + UNDER_WAY;
+        let lacks = frames.len() as u64 + reserve.fresh.set.load(SeqCst) < reserve.wanted + UNDER_WAY;
+        let keep = lacks && !reserve.closed.load(SeqCst);
         if keep {
             frames.push(frame);
         }
@@ -360,9 +389,11 @@ impl Account {
     pub(crate) fn keep_node(&self, node: u32) -> bool {
         let Some(reserve) = self.reserve() else { return false };
         let mut nodes = reserve.nodes.lock();
-        let keep = nodes.len() < reserve.most_nodes.load(SeqCst);
+        let keep = nodes.len() < reserve.most_nodes.load(SeqCst) && !reserve.closed.load(SeqCst);
         if keep {
             nodes.push(node);
+            // perhaps one of those
+            let _ = reserve.own_nodes.fetch_update(SeqCst, SeqCst, |own| own.checked_sub(1));
         }
         keep
     }
@@ -434,7 +465,6 @@ mod tests {
                 next += lack;
             };
             top_up(false);
-            let mut away = std::collections::BTreeSet::new();
             let mut others = 1 << 20;
             // the frame of each block, while it is the volume's alone, and in memory
             let mut fresh = std::collections::BTreeMap::new();
@@ -446,27 +476,24 @@ mod tests {
                     4 => {
                         others += 1;
                         prop_assert!(account.write(leaf, bit, 0));
-                        away.remove(&block);
                         fresh.insert(block, others)
                     }
                     0..4 => {
                         let frame = account.frame();
                         prop_assert!(frame.is_some(), "the promise is broken");
                         prop_assert!(account.write(leaf, bit, 0));
-                        away.remove(&block);
                         fresh.insert(block, frame.unwrap_or_default())
                     }
                     // it goes to the disk, if it may
                     7 if fresh.contains_key(&block) => {
-                        let may = fresh.len() as u64 > WANTED;
+                        let may = fresh.len() as u64 + account.kept_frames() > WANTED + UNDER_WAY;
                         prop_assert_eq!(account.may_leave() > 0, may);
                         prop_assert_eq!(account.leave(leaf, bit), may);
                         if may {
-                            away.insert(block);
-                            fresh.remove(&block)
-                        } else {
-                            None
+                            // its frame goes to whoever made it leave
+                            fresh.remove(&block);
                         }
+                        None
                     }
                     5 | 6 => {
                         prop_assert!(account.write(leaf, 0, bit));

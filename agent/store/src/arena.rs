@@ -317,6 +317,17 @@ impl Blocks {
         self.0.populate(frames.start as usize * BLOCK..frames.end as usize * BLOCK)
     }
 
+    /// Has the kernel give these frames, of which none has memory, small pages from now on: they are used one by one.
+    pub(crate) fn use_small(&self, frames: Range<u32>) {
+        if self.0.pages == PageKind::Transparent {
+            let bytes = frames.start as usize * BLOCK..frames.end as usize * BLOCK;
+            for page in bytes.start / HUGE..bytes.end.div_ceil(HUGE) {
+                // as if a part of each had gone back
+                self.0.leave_alone(&(page * HUGE..page * HUGE + 1));
+            }
+        }
+    }
+
     /// Gives frames back to the machine that are free and that the caller keeps out of the pool meanwhile.
     pub(crate) fn give_back(&self, frames: Range<u32>) {
         self.0.give_back(frames.start as usize * BLOCK..frames.end as usize * BLOCK);

@@ -138,7 +138,7 @@ impl Engine {
     pub(crate) fn find_again(&self) -> usize {
         let frames = self.frames.pool.dealt_before();
         self.frames.marks.adopt(frames);
-        let away = |frame| self.frames.marks.get(frame) == Mark::Away;
+        let away = |frame| self.frames.marks.get(frame).is_away();
         let wrong = self.frames.pool.adopt(|frame| self.frames.count(frame) > 0, away, &self.budget)
             + self.nodes.pool.adopt(|node| self.nodes.references(node).load(Relaxed) > 0, |_| false, &self.budget);
         if self.frames.marks.counts().0 > 0 {

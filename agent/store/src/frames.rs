@@ -214,10 +214,12 @@ impl Engine {
     /// Tries again and again, after giving more and more memory back that free frames and nodes still take: as little as does
     /// for `bytes` at first, because each page that goes back interrupts every processor.
     pub(crate) fn find_memory<T>(&self, bytes: u64, again: impl Fn() -> Option<T>) -> Option<T> {
-        let frames = bytes.div_ceil(BLOCK as u64) as usize;
-        self.frames.pool.purge_some(frames, &self.budget, |run| self.frames.blocks.give_back(run));
-        if let Some(found) = again() {
-            return Some(found);
+        if self.pages == PageKind::Small {
+            let frames = bytes.div_ceil(BLOCK as u64) as usize;
+            self.frames.pool.purge_some(frames, &self.budget, |run| self.frames.blocks.give_back(run));
+            if let Some(found) = again() {
+                return Some(found);
+            }
         }
         self.reclaim();
         // a free frame among used ones is of no use here: its memory is
@@ -275,7 +277,7 @@ impl Engine {
                     }
                 }
                 Mark::Away => self.read_away(frame, from, buf)?,
-                Mark::Damaged => return Err(Failed::Lost),
+                Mark::Damaged | Mark::Gone => return Err(Failed::Lost),
             }
             if frames.marks.unchanged(frame, sequence) {
                 return Ok(());
@@ -393,14 +395,14 @@ impl Engine {
 
     /// Passes what is known of a frame (tag, domain, place in the index) on to a number without references, which has one
     /// then, and drops both references that the frame must have, of which none can be counted up but in the index. False, and
-    /// nothing is changed, when it has others.
+    /// nothing is changed, when it has others, or was found damaged.
     pub(crate) fn renumber(&self, frame: u32, to: u32) -> bool {
         let frames = &self.frames;
         let tag = frames.tag(frame);
         // whoever finds it in the index counts it up under this lock
         let mut shard = frames.index.shard(tag);
         let word = frames.references(frame).load(Acquire);
-        if word & COUNT != 2 || self.sticky <= 2 {
+        if word & COUNT != 2 || self.sticky <= 2 || frames.marks.get(frame) != Mark::Here {
             return false;
         }
         frames.tag_word(to).store(tag, Relaxed);

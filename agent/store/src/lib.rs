@@ -74,10 +74,11 @@
 //!
 //! # Threads and locks
 //! No threads of its own. Order: world, images, volumes, then building or books, then the stripes of a map (ascending), a
-//! shard, a pool's cache, its central list. Purges of a pool exclude each other by a lock taken before its caches. Whoever makes
-//! room by spilling takes the hand of the clock first, with nothing else but the world held, and the lock of what takes room in
-//! the file under it; below a shard, the slot of a frame that is away is locked while it is read. Nobody calls out of the crate
-//! with a lock held.
+//! shard, a pool's cache, its central list. Purges of a pool exclude each other by a lock taken before its caches. Whoever
+//! makes room by spilling takes the hand of the clock first, with the world held and perhaps the table of volumes, and the lock
+//! of what takes room in the file under it; below a shard, the slot of a frame that is away is locked while it is read. Nobody
+//! calls out of the crate with a lock held, but for the sink of `read_with`, which is called with a stripe shared and must not
+//! come back to the store.
 //!
 //! # What it does not do
 //! Durability (a journal's and the backup's): memory that outlives the process does not outlive the machine. Naming and

@@ -36,6 +36,23 @@ pub(crate) enum Mark {
     Away,
     /// They are not what was stored.
     Damaged,
+    /// They are not what was stored, and the frame has no memory: they were away when that was found.
+    Gone,
+}
+
+impl Mark {
+    /// The frame has no memory.
+    pub(crate) fn is_away(self) -> bool {
+        matches!(self, Mark::Away | Mark::Gone)
+    }
+
+    pub(crate) fn is_damaged(self) -> bool {
+        matches!(self, Mark::Damaged | Mark::Gone)
+    }
+
+    fn of(bits: u32) -> Mark {
+        [Mark::Here, Mark::Away, Mark::Damaged, Mark::Gone][bits as usize & 3]
+    }
 }
 
 pub(crate) struct Marks {
@@ -76,11 +93,7 @@ impl Marks {
 
     #[inline]
     pub(crate) fn get(&self, frame: u32) -> Mark {
-        match self.words.all()[(frame / PER_WORD) as usize].load(Acquire) >> (frame % PER_WORD * 2) & 3 {
-            0 => Mark::Here,
-            1 => Mark::Away,
-            _ => Mark::Damaged,
-        }
+        Mark::of(self.words.all()[(frame / PER_WORD) as usize].load(Acquire) >> (frame % PER_WORD * 2))
     }
 
     /// The frame's mark, and what [`Marks::unchanged`] wants to know afterwards.
@@ -99,7 +112,7 @@ impl Marks {
 
     /// Marks a frame, or takes its mark away. One at a time for one frame.
     pub(crate) fn set(&self, frame: u32, mark: Mark) {
-        if mark == Mark::Damaged {
+        if mark.is_damaged() {
             self.arm();
         }
         let word = &self.words.all()[(frame / PER_WORD) as usize];
@@ -107,28 +120,15 @@ impl Marks {
         let before = word
             .fetch_update(SeqCst, SeqCst, |bits| Some(bits & !(3 << shift) | (mark as u32) << shift))
             .unwrap_or_default();
-        match before >> shift & 3 {
-            0 => {}
-            1 => {
-                self.away.fetch_sub(1, Relaxed);
-            }
-            _ => {
-                self.damaged.fetch_sub(1, Relaxed);
-            }
-        }
-        match mark {
-            Mark::Here => {}
-            Mark::Away => {
-                self.away.fetch_add(1, Relaxed);
-            }
-            Mark::Damaged => {
-                self.damaged.fetch_add(1, Relaxed);
-            }
-        }
+        let before = Mark::of(before >> shift);
+        self.away.fetch_add(mark.is_away().into(), Relaxed);
+        self.damaged.fetch_add(mark.is_damaged().into(), Relaxed);
+        self.away.fetch_sub(before.is_away().into(), Relaxed);
+        self.damaged.fetch_sub(before.is_damaged().into(), Relaxed);
         self.sequence(frame).fetch_add(1, SeqCst);
     }
 
-    /// Frames spilled, and frames damaged.
+    /// Frames without memory, and frames damaged.
     pub(crate) fn counts(&self) -> (u64, u64) {
         (self.away.load(Relaxed), self.damaged.load(Relaxed))
     }
@@ -139,12 +139,9 @@ impl Marks {
         for word in &self.words.all()[..=(next / PER_WORD) as usize] {
             let bits = word.load(Relaxed);
             if bits != 0 {
-                for at in 0..PER_WORD {
-                    match bits >> (at * 2) & 3 {
-                        0 => {}
-                        1 => away += 1,
-                        _ => damaged += 1,
-                    }
+                for mark in (0..PER_WORD).map(|at| Mark::of(bits >> (at * 2))) {
+                    away += u64::from(mark.is_away());
+                    damaged += u64::from(mark.is_damaged());
                 }
             }
         }
@@ -164,18 +161,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_marks_equal_a_list(steps in prop::collection::vec((0..200u32, 0..3u8), 1..400)) {
+        fn any_marks_equal_a_list(steps in prop::collection::vec((0..200u32, 0..4u32), 1..400)) {
             let marks = Marks::reserve(200, &Memory::Private).unwrap();
             let mut model = [Mark::Here; 200];
             for (frame, mark) in steps {
-                let mark = [Mark::Here, Mark::Away, Mark::Damaged][usize::from(mark)];
+                let mark = Mark::of(mark);
                 let (_, sequence) = marks.begin(frame);
                 prop_assert!(marks.unchanged(frame, sequence));
                 marks.set(frame, mark);
                 prop_assert!(!marks.unchanged(frame, sequence), "a reader would not notice");
                 model[frame as usize] = mark;
-                let count = |wanted| model.iter().filter(|mark| **mark == wanted).count() as u64;
-                prop_assert_eq!(marks.counts(), (count(Mark::Away), count(Mark::Damaged)));
+                let count = |wanted: fn(Mark) -> bool| model.iter().filter(|mark| wanted(**mark)).count() as u64;
+                prop_assert_eq!(marks.counts(), (count(Mark::is_away), count(Mark::is_damaged)));
             }
             prop_assert!((0..).zip(model).all(|(frame, mark)| marks.get(frame) == mark));
             let counts = marks.counts();

@@ -102,7 +102,7 @@ struct Central {
     returned: Vec<u32>,
     /// Free without memory, in granules whose other memory is ours, or may be: never used, the last ones are neighbours.
     hollow: Vec<u32>,
-    /// The same, used before and one by one, those that were free first to the front.
+    /// The same, used before and one by one.
     strewn: Vec<u32>,
     /// Some of those, in order, the lowest last.
     sorted: Vec<u32>,
@@ -134,8 +134,8 @@ impl Central {
 
     fn sort_some(&mut self) -> bool {
         if self.sorted.is_empty() {
-            let some = self.strewn.len().min(SORTED);
-            self.sorted.extend(self.strewn.drain(..some));
+            let rest = self.strewn.len().saturating_sub(SORTED);
+            self.sorted = self.strewn.split_off(rest);
             self.sorted.sort_unstable_by_key(|number| std::cmp::Reverse(*number));
         }
         !self.sorted.is_empty()
@@ -294,37 +294,49 @@ impl Pool {
 
     /// From now on keeps so many numbers without memory for [`Pool::take_hollow`], so that there are some when the budget is
     /// spent. What is beside them is charged, whether the budget holds it or not.
-    pub(crate) fn set_spare(&self, spare: usize, budget: &Budget) {
+    pub(crate) fn set_spare(&self, spare: usize, budget: &Budget, one_by_one: impl Fn(Range<u32>)) {
         let mut central = self.central.lock();
         central.spare = spare;
-        self.fill_spare(&mut central, |bytes| {
+        let charge = |bytes| {
             budget.charge_anyway(bytes);
             true
-        });
+        };
+        self.fill_spare(&mut central, charge, &one_by_one);
     }
 
     /// Whether as many numbers without memory are there as are to be kept, neighbours as far as there are some; perhaps after
-    /// charging for what is beside new ones.
-    pub(crate) fn has_spare(&self, budget: &Budget) -> bool {
-        self.fill_spare(&mut self.central.lock(), |bytes| budget.charge(bytes))
+    /// charging for what is beside new ones. `one_by_one` is called with numbers that will have memory without their neighbours.
+    pub(crate) fn has_spare(&self, budget: &Budget, one_by_one: impl Fn(Range<u32>)) -> bool {
+        self.fill_spare(&mut self.central.lock(), |bytes| budget.charge(bytes), &one_by_one)
     }
 
-    fn fill_spare(&self, central: &mut Central, charge: impl Fn(u64) -> bool) -> bool {
+    fn fill_spare(
+        &self,
+        central: &mut Central,
+        charge: impl Fn(u64) -> bool,
+        one_by_one: &impl Fn(Range<u32>),
+    ) -> bool {
         while central.hollow.len() < central.spare {
             if central.next > self.capacity {
                 // what there is has to do
-                if central.hollow() >= central.spare || !self.hollow_out(central) {
+                if central.hollow() >= central.spare || !self.hollow_out(central, one_by_one) {
                     return true;
                 }
-            } else if !self.deal_hollow(central, &charge) {
+            } else if !self.deal_hollow(central, &charge, one_by_one) {
                 return false;
             }
         }
         true
     }
 
-    fn deal_hollow(&self, central: &mut Central, charge: impl Fn(u64) -> bool) -> bool {
+    fn deal_hollow(
+        &self,
+        central: &mut Central,
+        charge: impl Fn(u64) -> bool,
+        one_by_one: &impl Fn(Range<u32>),
+    ) -> bool {
         let dealt = self.deal(central, |count| charge(count * self.unit.beside));
+        one_by_one(dealt.clone());
         self.set_hollow(dealt.clone());
         // neighbours of those that are left stay so
         central.hollow.splice(0..0, dealt.clone().rev());
@@ -332,9 +344,10 @@ impl Pool {
     }
 
     /// A granule that is free and has no memory, as numbers of it.
-    fn hollow_out(&self, central: &mut Central) -> bool {
+    fn hollow_out(&self, central: &mut Central, one_by_one: &impl Fn(Range<u32>)) -> bool {
         let Some(first) = central.returned.pop() else { return false };
         let numbers = first..first + self.unit.granule;
+        one_by_one(numbers.clone());
         self.set_hollow(numbers.clone());
         central.hollow.splice(0..0, numbers.rev());
         true
@@ -342,7 +355,13 @@ impl Pool {
 
     /// Up to `count` free numbers without memory, ascending and neighbours as far as possible, now the caller's: new ones or, when
     /// `again`, such as were used before. Nothing is charged for memory that he takes to them; see [`Pool::lend`].
-    pub(crate) fn take_hollow(&self, count: usize, again: bool, budget: &Budget) -> Vec<u32> {
+    pub(crate) fn take_hollow(
+        &self,
+        count: usize,
+        again: bool,
+        budget: &Budget,
+        one_by_one: impl Fn(Range<u32>),
+    ) -> Vec<u32> {
         let mut central = self.central.lock();
         let mut taken = Vec::with_capacity(count);
         let move_some = |from: &mut Vec<u32>, taken: &mut Vec<u32>| {
@@ -355,9 +374,9 @@ impl Pool {
         while taken.len() < count {
             let wanted = count - taken.len();
             while central.hollow.len() < wanted
-                && (self.deal_hollow(&mut central, |bytes| budget.charge(bytes)) || self.hollow_out(&mut central))
-            {
-            }
+                && (self.deal_hollow(&mut central, |bytes| budget.charge(bytes), &one_by_one)
+                    || self.hollow_out(&mut central, &one_by_one))
+            {}
             if !central.hollow.is_empty() {
                 move_some(&mut central.hollow, &mut taken);
             } else if central.sort_some() {
@@ -411,15 +430,18 @@ impl Pool {
         let mut free: Vec<(u32, bool)> = {
             let mut central = self.central.lock();
             let spare = central.kept.len().saturating_sub(keep);
-            if spare == 0 || spare + central.hollow() < granule as usize {
+            // a granule of which few are kept and the others have no memory is none worth a search: see `cut`
+            if spare == 0 || spare < granule as usize {
                 return;
             }
             // one by one the oldest go; larger granules are only found among all
             let some = if granule == 1 { spare } else { central.kept.len() };
             let kept = central.kept.drain(..some).map(|number| (number, true)).collect::<Vec<_>>();
-            let mut strewn = if granule == 1 { Vec::new() } else { std::mem::take(&mut central.strewn) };
-            if granule > 1 {
-                strewn.append(&mut central.sorted);
+            let mut strewn = Vec::new();
+            if granule > 1 && !central.strewn.is_empty() {
+                let mut is_kept = vec![false; (self.capacity / granule) as usize + 1];
+                kept.iter().for_each(|(number, _)| is_kept[(number / granule) as usize] = true);
+                strewn.extend(central.strewn.extract_if(.., |number| is_kept[(*number / granule) as usize]));
             }
             kept.into_iter().chain(strewn.into_iter().map(|number| (number, false))).collect()
         };
@@ -596,7 +618,7 @@ mod tests {
             let mut held = BTreeSet::new();
             // those of the held ones that nobody was charged for, as frames on the disk
             let mut away = BTreeSet::new();
-            pool.set_spare(usize::from(limit % 3 == 0) * 20, &budget);
+            pool.set_spare(usize::from(limit % 3 == 0) * 20, &budget, |_| {});
             for (step, n) in steps {
                 let give_back = |held: &BTreeSet<u32>, run| {
                     assert!(held.range(run).next().is_none(), "what is held went back");
@@ -617,12 +639,12 @@ mod tests {
                         }
                     },
                     7 => {
-                        let taken = pool.take_hollow(usize::from(n) % 70, n % 3 == 0, &budget);
+                        let taken = pool.take_hollow(usize::from(n) % 70, n % 3 == 0, &budget, |_| {});
                         prop_assert!(taken.is_sorted() && taken.iter().all(|&number| held.insert(number)));
                         away.extend(taken);
                         // perhaps what one that is held pays for is missing
                         let paying = held.iter().find(|number| !away.contains(number)).copied();
-                        if !pool.has_spare(&budget) && let Some(number) = paying {
+                        if !pool.has_spare(&budget, |_| {}) && let Some(number) = paying {
                             held.remove(&number);
                             budget.credit(100);
                             pool.put_hollow(number);
@@ -737,21 +759,21 @@ mod tests {
     fn numbers_without_memory_are_neighbours_while_there_are_new_ones() {
         for granule in [1, 16] {
             let (pool, budget) = (pool(granule, 64), Budget::new(700 * 110));
-            pool.set_spare(64, &budget);
+            pool.set_spare(64, &budget, |_| {});
             while pool.take(&budget).is_some() {}
             while budget.charge(1) {}
             let neighbours = |taken: &[u32]| taken.windows(2).filter(|pair| pair[0] + 1 == pair[1]).count();
-            let first = pool.take_hollow(64, false, &budget);
+            let first = pool.take_hollow(64, false, &budget, |_| {});
             assert_eq!((first.len(), neighbours(&first)), (64, 63), "{granule}");
             // every other one comes back: new ones are dealt before it, as long as they can be paid
             first.iter().step_by(2).for_each(|number| pool.put_hollow(*number));
-            assert!(!pool.has_spare(&budget));
+            assert!(!pool.has_spare(&budget, |_| {}));
             budget.credit(1000);
-            assert!(pool.has_spare(&budget));
-            let second = pool.take_hollow(64, false, &budget);
+            assert!(pool.has_spare(&budget, |_| {}));
+            let second = pool.take_hollow(64, false, &budget, |_| {});
             assert!(neighbours(&second) >= 62 && second[0] > first[63], "{granule} {second:?}");
             // then all that is left
-            let third = pool.take_hollow(1000, true, &budget);
+            let third = pool.take_hollow(1000, true, &budget, |_| {});
             assert!(first.iter().step_by(2).all(|number| third.contains(number)));
         }
     }

@@ -7,7 +7,7 @@
 
 use muster_common::{Digest, SnapshotId, VolumeId};
 
-use crate::{Store, arena::BLOCK, disk::Disk, marks::Mark};
+use crate::{Store, arena::BLOCK, disk::Disk, frames::Engine, marks::Mark};
 
 /// Of one damaged frame: where its block is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +65,7 @@ impl Store {
                 continue;
             }
             step.blocks += 1;
-            if self.is_damaged(frame) {
+            if self.engine().is_damaged(frame) {
                 let places = self.places_of(frame);
                 let repaired = bring(&places).is_some_and(|block| self.mend(frame, &block));
                 step.damage.push(Damage { frame, places, repaired });
@@ -86,34 +86,7 @@ impl Store {
     /// Whether it still is: not repaired, and somebody refers to it.
     pub fn is_still_damaged(&self, damage: &Damage) -> bool {
         let frames = &self.engine().frames;
-        frames.count(damage.frame) > 0 && frames.marks.get(damage.frame) == Mark::Damaged
-    }
-
-    /// Hashes a frame; marks it when it is not what was stored. False for one that nobody refers to.
-    fn is_damaged(&self, frame: u32) -> bool {
-        let engine = self.engine();
-        let frames = &engine.frames;
-        let tag = frames.tag(frame);
-        // its last reference is dropped only under this lock
-        let _shard = frames.index.shard(tag);
-        if frames.count(frame) == 0 || frames.tag(frame) != tag {
-            return false;
-        }
-        match frames.marks.get(frame) {
-            Mark::Damaged => true,
-            // compared when it is fetched
-            Mark::Away => false,
-            Mark::Here => {
-                let mut block = [0; BLOCK];
-                frames.blocks.read(frame, 0, &mut block);
-                // spilled while it was read
-                if frames.marks.get(frame) != Mark::Here || engine.is_of(frame, &block) {
-                    return false;
-                }
-                frames.marks.set(frame, Mark::Damaged);
-                true
-            }
-        }
+        frames.count(damage.frame) > 0 && frames.marks.get(damage.frame).is_damaged()
     }
 
     /// Puts the block into a damaged frame when it is the one.
@@ -122,9 +95,17 @@ impl Store {
         let frames = &engine.frames;
         let tag = frames.tag(frame);
         let _shard = frames.index.shard(tag);
-        let still = frames.count(frame) > 0 && frames.tag(frame) == tag && frames.marks.get(frame) == Mark::Damaged;
+        let mark = frames.marks.get(frame);
+        let still = frames.count(frame) > 0 && frames.tag(frame) == tag && mark.is_damaged();
         if !still || !engine.is_of(frame, block) {
             return false;
+        }
+        if mark == Mark::Gone {
+            // it needs memory again: another time, when there is none
+            if !engine.charge(BLOCK as u64) {
+                return false;
+            }
+            frames.pool.lend(frame);
         }
         frames.blocks.fill(frame, block);
         frames.marks.set(frame, Mark::Here);
@@ -155,6 +136,33 @@ impl Store {
             }
         }
         places
+    }
+}
+
+impl Engine {
+    /// Hashes a frame; marks it when it is not what was stored. False for one that nobody refers to.
+    pub(crate) fn is_damaged(&self, frame: u32) -> bool {
+        let frames = &self.frames;
+        let tag = frames.tag(frame);
+        // its last reference is dropped, and its block renamed, only under this lock
+        let _shard = frames.index.shard(tag);
+        if frames.count(frame) == 0 || frames.tag(frame) != tag {
+            return false;
+        }
+        match frames.marks.get(frame) {
+            Mark::Damaged | Mark::Gone => true,
+            // compared when it is fetched
+            Mark::Away => false,
+            Mark::Here => {
+                let mut block = [0; BLOCK];
+                frames.blocks.read(frame, 0, &mut block);
+                if self.is_of(frame, &block) {
+                    return false;
+                }
+                frames.marks.set(frame, Mark::Damaged);
+                true
+            }
+        }
     }
 }
 

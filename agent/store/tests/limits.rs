@@ -338,6 +338,98 @@ fn what_the_store_needs_for_itself_is_there_while_blocks_can_leave() {
 }
 
 #[test]
+fn volumes_with_reservations_leave_room_for_others_to_spill() {
+    let place = Spilling::new();
+    let (store, _) = place.open(ByteLen::mib(64));
+    let spills = |spec: &mut VolumeSpec| {
+        (spec.when_full, spec.reservation) = (WhenFull::Spill, Some(ByteLen::kib(64)));
+    };
+    let reserved = [(); 5].map(|()| create(&store, 4, spills).unwrap());
+    for (at, volume) in (0..).zip(&reserved) {
+        for n in 0..272 {
+            write(volume, n, (at + 1) << 40 | n).unwrap();
+        }
+    }
+    let greedy = create(&store, 64, |spec| spec.when_full = WhenFull::Spill).unwrap();
+    for n in 0..32 << 8 {
+        write(&greedy, n, 99 << 40 | n).unwrap();
+    }
+    for (at, volume) in (0..).zip(&reserved) {
+        (0..272).for_each(|n| assert_block(volume, n, (at + 1) << 40 | n));
+        (0..16).for_each(|n| write(volume, n, (at + 1) << 50 | n).unwrap());
+    }
+    assert_exact(&store);
+}
+
+#[test]
+fn blocks_from_before_a_snapshot_leave_when_it_is_gone() {
+    let place = Spilling::new();
+    let (store, _) = place.open(ByteLen::mib(64));
+    let volume = create(&store, 32, |spec| {
+        (spec.when_full, spec.reservation) = (WhenFull::Spill, Some(ByteLen::mib(1)));
+    })
+    .unwrap();
+    // seven MiB more than is reserved
+    for n in 0..8 << 8 {
+        write(&volume, n, 1 << 40 | n).unwrap();
+    }
+    drop(store.snapshot_together(&[volume.id()]).unwrap());
+    let stubborn = create(&store, 32, |_| {}).unwrap();
+    let other = create(&store, 32, |spec| spec.when_full = WhenFull::Spill).unwrap();
+    fill(&stubborn, 0, 3);
+    for n in 0..1000 {
+        write(&other, n, 4 << 40 | n).unwrap();
+    }
+    for n in 0..256 {
+        write(&volume, n * 8, 5 << 40 | n).unwrap();
+    }
+    assert_exact(&store);
+}
+
+fn rss() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// Numbers that spilled blocks had lie among those of no memory at all: no huge page is taken for one of them.
+#[test]
+fn what_comes_back_takes_what_is_charged_with_huge_pages_too() {
+    let place = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let spill = Some(SpillConfig { file: place.path().join("spill"), limit: ByteLen::mib(256) });
+    let config = StoreConfig { pages: Pages::Transparent, spill, ..StoreConfig::new(ByteLen::mib(64)) };
+    let Ok(store) = Store::open(config) else {
+        eprintln!("skipped: this kernel has no transparent huge pages");
+        return;
+    };
+    let volume = create(&store, 256, |spec| spec.when_full = WhenFull::Spill).unwrap();
+    let blocks = 200 << 8;
+    for n in 0..blocks {
+        write(&volume, n, 1 << 40 | n).unwrap();
+    }
+    // the last ones written are in memory: room for some of the others
+    volume.trim(160 << 20, 40 << 20).unwrap();
+    while store.give_back() > ByteLen::ZERO {}
+    let (before, charged) = (rss(), store.stats().resident_bytes);
+    for n in (0..120 << 8).step_by(512) {
+        (0..3).for_each(|_| assert_block(&volume, n, 1 << 40 | n));
+    }
+    let (taken, charged) = (rss().saturating_sub(before), store.stats().resident_bytes.bytes() - charged.bytes());
+    assert!(charged > 0 && taken < 8 << 20, "{} MiB were taken for {charged} bytes", taken >> 20);
+    for n in 0..160 << 8 {
+        assert_block(&volume, n, 1 << 40 | n);
+    }
+    for n in (0..blocks).step_by(3) {
+        write(&volume, n, 2 << 40 | n).unwrap();
+    }
+    for n in 0..160 << 8 {
+        assert_block(&volume, n, if n % 3 == 0 { 2 } else { 1 } << 40 | n);
+    }
+    assert!(store.stats().resident_bytes <= store.stats().budget);
+    assert_exact(&store);
+}
+
+#[test]
 fn a_spill_file_that_is_full_refuses_like_memory_does() {
     let place = Spilling::new();
     let (store, _) = place.open(ByteLen::mib(4));

@@ -1,7 +1,6 @@
 //! Requests: what a disk is asked. Offsets and lengths were checked against its size.
 
 use super::*;
-use crate::marks::Mark;
 
 impl Engine {
     pub(crate) fn read(&self, map: &Map, mut offset: u64, mut buf: &mut [u8]) -> Result<(), Refused> {
@@ -350,7 +349,7 @@ impl Engine {
     pub(crate) fn fresh_bits(&self, map: &Map, leaf: u64) -> u64 {
         let mut bits = 0;
         self.for_each_alone(map, leaf, |at, frame| {
-            bits |= u64::from(self.frames.marks.get(frame) != Mark::Away) << at;
+            bits |= u64::from(!self.frames.marks.get(frame).is_away()) << at;
         });
         bits
     }

@@ -117,6 +117,8 @@ impl Blocks {
         Ok(())
     }
 
+    pub(crate) fn use_small(&self, _: Range<u32>) {}
+
     pub(crate) fn give_back(&self, frames: Range<u32>) {
         for frame in frames {
             self.at(frame, |at| {
