@@ -4,13 +4,14 @@
 //! the tests, which polls.
 //!
 //! ```text
-//! cargo bench -p muster-export --bench vhost_peers [-- --rounds 25 --millis 60 --size 256MiB --only store,ram]
+//! cargo bench -p muster-export --bench vhost_peers [-- --rounds 25 --millis 60 --size 256MiB --only store,ram --cells '128K']
 //! ```
 //!
 //! Every server gets the same contents first, each block unlike the others. The cells are interleaved (round by round,
 //! cell by cell, server by server); of the IOPS and of the ratios in each round the medians are shown: on a shared machine
-//! only ratios of the same round mean anything, and many short rounds more than a few long ones. Writes are of data never written before. Prints a Markdown table. Not a test: exits with an error only
-//! when something could not be run.
+//! only ratios of the same round mean anything, and many short rounds more than a few long ones. Writes are of data never
+//! written before, so after the first round blocks lie anywhere: `--cells 128K` alone reads the disk as it was filled.
+//! Prints a Markdown table. Not a test: exits with an error only when something could not be run.
 
 #[path = "../tests/frontend/mod.rs"]
 mod frontend;
@@ -77,11 +78,18 @@ struct Settings {
     time: Duration,
     size: ByteLen,
     only: String,
+    /// Part of the names of the cells to measure.
+    cells: String,
 }
 
 fn settings() -> Result<Settings> {
-    let mut settings =
-        Settings { rounds: 25, time: Duration::from_millis(60), size: ByteLen::mib(256), only: String::new() };
+    let mut settings = Settings {
+        rounds: 25,
+        time: Duration::from_millis(60),
+        size: ByteLen::mib(256),
+        only: String::new(),
+        cells: String::new(),
+    };
     // cargo adds --bench.
     let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
     while let Some(argument) = arguments.next() {
@@ -91,6 +99,7 @@ fn settings() -> Result<Settings> {
             "--millis" => settings.time = Duration::from_millis(value.parse()?),
             "--size" => settings.size = value.parse()?,
             "--only" => settings.only = value,
+            "--cells" => settings.cells = value,
             _ => return Err(format!("unknown argument {argument}").into()),
         }
     }
@@ -100,6 +109,7 @@ fn settings() -> Result<Settings> {
 fn main() -> Result<()> {
     let settings = settings()?;
     let wanted = |key: &str| settings.only.is_empty() || settings.only.split(',').any(|one| one == key);
+    let cells: Vec<Cell> = CELLS.into_iter().filter(|cell| cell.name.contains(&settings.cells)).collect();
     // Dropped last: clients, then servers, then what they have open.
     let directory = tempfile::tempdir()?;
     let tmpfs = Tmpfs::new(&directory.path().join("tmpfs"))?;
@@ -163,7 +173,7 @@ fn main() -> Result<()> {
     }
     let mut figures: BTreeMap<(usize, usize), Vec<Figure>> = BTreeMap::new();
     for round in 0..settings.rounds {
-        for (row, cell) in CELLS.iter().enumerate() {
+        for (row, cell) in cells.iter().enumerate() {
             for (index, (_, name, client)) in clients.iter().enumerate() {
                 let mut driver = client.queues[0].lock();
                 let seed = (round * 100 + row) as u64;
@@ -181,7 +191,7 @@ fn main() -> Result<()> {
     let names: Vec<&str> = clients.iter().map(|(_, name, _)| *name).collect();
     println!("| | {} | muster / {} | p50 us, each |", names.join(" | "), names[1..].join(" | muster / "));
     println!("|---|{}", "---|".repeat(names.len() * 2));
-    for (row, cell) in CELLS.iter().enumerate() {
+    for (row, cell) in cells.iter().enumerate() {
         let of = |index: usize, what: fn(&Figure) -> f64| median(figures[&(row, index)].iter().map(what));
         let iops: Vec<f64> = (0..clients.len()).map(|index| of(index, |figure| figure.iops)).collect();
         let p50: Vec<String> =
