@@ -37,7 +37,7 @@ use crate::{
     arena::{BLOCK, Words},
     config::SpillConfig,
     frames::{Engine, Failed},
-    map::{LEAF_BLOCKS, Map},
+    map::{LEAF_BLOCKS, Map, Refused},
     marks::{Mark, Marks},
     sync::{
         Mutex, Padded,
@@ -161,7 +161,9 @@ impl Spill {
     /// From now on the hand goes over this map, too.
     pub(crate) fn watch(&self, map: &Arc<Map>) {
         // not the hand: whoever has it may wait for the disk
-        self.newcomers.lock().push(Arc::downgrade(map));
+        let mut newcomers = self.newcomers.lock();
+        newcomers.retain(|map| map.strong_count() > 0);
+        newcomers.push(Arc::downgrade(map));
     }
 
     pub(crate) fn discard(&self) {
@@ -304,8 +306,9 @@ impl Engine {
     /// Before there are readers, of a store that may spill.
     pub(crate) fn expect_spilling(&self) {
         if self.spill.is_some() {
+            let blocks = &self.frames.blocks;
             self.frames.marks.arm();
-            self.frames.pool.set_spare(BATCH, &self.budget, |numbers| self.frames.blocks.use_small(numbers));
+            self.frames.pool.set_spare(BATCH, &self.budget, |numbers| blocks.use_small(numbers));
         }
     }
 
@@ -379,12 +382,13 @@ impl Engine {
         let chosen = self.choose(spill, &mut hand);
         let (moved, changed) = self.send(spill, &mut hand.buffer, chosen);
         let mut freed: Vec<u32> = moved.iter().map(|one| one.frame).collect();
+        let blocks = &self.frames.blocks;
         // Numbers for the next time, while there is still something to pay with what is beside them: a page of memory does
         // for hundreds.
-        while !self.frames.pool.has_spare(&self.budget, |numbers| self.frames.blocks.use_small(numbers))
+        while !self.frames.pool.has_spare(&self.budget, |numbers| blocks.use_small(numbers))
             && let Some(frame) = freed.pop()
         {
-            self.frames.blocks.give_back(frame..frame + 1);
+            blocks.give_back(frame..frame + 1);
             self.frames.pool.put_hollow(frame);
             self.budget.credit(BLOCK as u64);
         }
@@ -396,13 +400,24 @@ impl Engine {
     /// Charges the budget for what the store needs for itself, whoever's blocks have to leave memory for it. The caller holds no
     /// lock of a map.
     pub(crate) fn charge_or_spill(&self, bytes: u64) -> bool {
+        let charge = || if self.charge(bytes) { Ok(()) } else { Err(Refused::Full) };
+        self.with_room(|_| true, charge).is_ok()
+    }
+
+    /// Does it again as long as it is refused for want of room and some can be made.
+    #[inline]
+    pub(crate) fn with_room<T, E>(
+        &self,
+        lacks_room: impl Fn(&E) -> bool,
+        mut once: impl FnMut() -> Result<T, E>,
+    ) -> Result<T, E> {
         let mut again = false;
-        while !self.charge(bytes) {
-            if !self.make_room(std::mem::replace(&mut again, true)) {
-                return false;
+        loop {
+            match once() {
+                Err(refused) if lacks_room(&refused) && self.make_room(again) => again = true,
+                result => return result,
             }
         }
-        true
     }
 
     /// Whether some frames fit, and what goes with them.
@@ -477,19 +492,7 @@ impl Engine {
         buffer.resize((BATCH + 1) * BLOCK, 0);
         // O_DIRECT wants memory that is aligned as blocks are
         let start = buffer.as_ptr().align_offset(BLOCK);
-        let (blocks, _) = buffer[start..].as_chunks_mut::<BLOCK>();
-        let (mut sound, mut stay) = (Vec::with_capacity(chosen.len()), Vec::new());
-        for one in chosen {
-            let block = &mut blocks[sound.len()];
-            self.frames.blocks.read(one.frame, 0, block);
-            if self.is_of(one.frame, block) {
-                sound.push(one);
-            } else {
-                // damage stays where whoever looks for it finds it
-                self.is_damaged(one.frame);
-                stay.push(one);
-            }
-        }
+        let (mut sound, mut stay) = self.copy_sound(&mut buffer[start..], chosen);
         // those are not chosen again
         let mut changed = !stay.is_empty();
         // where others were, rather than take more of the disk than it may
@@ -497,37 +500,55 @@ impl Engine {
         let small = |numbers| self.frames.blocks.use_small(numbers);
         let numbers = self.frames.pool.take_hollow(sound.len(), again, &self.budget, small);
         stay.extend(sound.split_off(numbers.len()));
-        let mut chosen = sound;
-        chosen.iter_mut().zip(numbers).for_each(|(one, to)| one.to = to);
-        let mut moved = Vec::with_capacity(chosen.len());
+        sound.iter_mut().zip(numbers).for_each(|(one, to)| one.to = to);
+        let mut written = Vec::with_capacity(sound.len());
         let mut at = start;
-        for run in chosen.chunk_by(|one, next| one.to + 1 == next.to) {
+        for run in sound.chunk_by(|one, next| one.to + 1 == next.to) {
             let len = run.len() * BLOCK;
-            let written = spill.write(&self.frames.marks, run, &buffer[at..at + len]);
-            at += len;
             // when the disk is full or broken nothing happened, and the writer is refused if nobody else makes room
-            if written { &mut moved } else { &mut stay }.extend_from_slice(run);
+            let done = spill.write(&self.frames.marks, run, &buffer[at..at + len]);
+            if done { &mut written } else { &mut stay }.extend_from_slice(run);
+            at += len;
         }
         // some of those numbers were new to the file
         if spill.is_full(0) {
             spill.make_holes(&self.frames.marks, 1, BATCH);
         }
-        let mut sent = Vec::with_capacity(moved.len());
-        for of_leaf in moved.chunk_by(|one, next| one.leaf == next.leaf && Arc::ptr_eq(&one.map, &next.map)) {
-            let (mut gone, mut still) = (Vec::new(), Vec::new());
+        let (moved, still) = self.name_all_anew(&written);
+        changed |= !still.is_empty();
+        stay.into_iter().chain(still).for_each(|one| self.call_back(&one));
+        (moved, changed)
+    }
+
+    /// Copies the blocks that are what was stored, one after the other; and those that are not, now marked.
+    fn copy_sound(&self, buffer: &mut [u8], chosen: Vec<Leaving>) -> (Vec<Leaving>, Vec<Leaving>) {
+        let (blocks, _) = buffer.as_chunks_mut::<BLOCK>();
+        let (mut sound, mut damaged) = (Vec::with_capacity(chosen.len()), Vec::new());
+        for one in chosen {
+            let block = &mut blocks[sound.len()];
+            self.frames.blocks.read(one.frame, 0, block);
+            if self.is_of(one.frame, block) {
+                sound.push(one);
+            } else {
+                // it stays where whoever looks for damage finds it
+                self.is_damaged(one.frame);
+                damaged.push(one);
+            }
+        }
+        (sound, damaged)
+    }
+
+    /// Has the maps name blocks in the file. Those that moved, and those that did not because they were changed meanwhile.
+    fn name_all_anew(&self, written: &[Leaving]) -> (Vec<Leaving>, Vec<Leaving>) {
+        let (mut moved, mut still) = (Vec::with_capacity(written.len()), Vec::new());
+        for of_leaf in written.chunk_by(|one, next| one.leaf == next.leaf && Arc::ptr_eq(&one.map, &next.map)) {
             self.change_alone(&of_leaf[0].map, of_leaf[0].leaf, |entries| {
                 for one in of_leaf {
-                    if self.name_anew(one, entries) { &mut gone } else { &mut still }.push(one.clone());
+                    if self.name_anew(one, entries) { &mut moved } else { &mut still }.push(one.clone());
                 }
             });
-            changed |= !still.is_empty();
-            sent.append(&mut gone);
-            stay.append(&mut still);
         }
-        for one in stay {
-            self.call_back(&one);
-        }
-        (sent, changed)
+        (moved, still)
     }
 
     /// Has the leaf's entry name the block in the file; false when it changed meanwhile, or somebody else has the block now.

@@ -341,14 +341,8 @@ impl Store {
     fn blank(&self, size: u64, holder: Holder, read_only: bool) -> Result<Disk, StoreError> {
         let inner = self.inner();
         let paid = Disk::pay(inner, size, holder.limits)?;
-        let mut again = false;
-        let trees = loop {
-            match inner.engine.empty_trees(size) {
-                Ok(trees) => break trees,
-                Err(_) if inner.engine.make_room(again) => again = true,
-                Err(_) => return Err(inner.full(NODE_COST)),
-            }
-        };
+        let trees = inner.engine.with_room(|_| true, || inner.engine.empty_trees(size));
+        let trees = trees.map_err(|_| inner.full(NODE_COST))?;
         Ok(Disk::new(paid, size, trees, holder, read_only))
     }
 

@@ -89,26 +89,21 @@ impl Engine {
     }
 
     pub(crate) fn write(&self, map: &Map, mut offset: u64, mut data: &[u8]) -> Result<(), Refused> {
-        let mut again = false;
+        let lacks_room = |refused: &Refused| *refused == Refused::Full && map.account.spills();
         while !data.is_empty() {
             let block = offset / BLOCK_BYTES;
             let from = (offset % BLOCK_BYTES) as usize;
-            let (result, len) = if from != 0 || data.len() < BLOCK {
-                let len = data.len().min(BLOCK - from);
-                (self.write_part(map, block, from, &data[..len]), len)
+            let part = from != 0 || data.len() < BLOCK;
+            let len = if part {
+                data.len().min(BLOCK - from)
             } else {
-                let blocks = (data.len() / BLOCK).min(FANOUT - (block % LEAF_BLOCKS) as usize);
-                (self.write_blocks(map, block, &data[..blocks * BLOCK]), blocks * BLOCK)
+                (data.len() / BLOCK).min(FANOUT - (block % LEAF_BLOCKS) as usize) * BLOCK
             };
-            match result {
-                Ok(()) => again = false,
-                // nothing of this piece was changed: once more when there is room now
-                Err(Refused::Full) if map.account.spills() && self.make_room(again) => {
-                    again = true;
-                    continue;
-                }
-                Err(refused) => return Err(refused),
-            }
+            // of a piece that is refused nothing was changed
+            self.with_room(lacks_room, || {
+                let piece = &data[..len];
+                if part { self.write_part(map, block, from, piece) } else { self.write_blocks(map, block, piece) }
+            })?;
             offset += len as u64;
             data = &data[len..];
         }
@@ -199,14 +194,11 @@ impl Engine {
 
     /// Makes the range read as zero and frees what it held.
     pub(crate) fn clear(&self, map: &Map, offset: u64, len: u64) -> Result<(), Refused> {
-        let mut again = false;
-        loop {
-            match self.clear_range(map, offset, len) {
-                // what was cleared stays so; the rest needs a node of its own, or a frame for a part of a block
-                Err(Refused::Full) if map.account.spills() && self.make_room(again) => again = true,
-                result => return result,
-            }
-        }
+        // what was cleared stays so; the rest needs a node of its own, or a frame for a part of a block
+        self.with_room(
+            |refused| *refused == Refused::Full && map.account.spills(),
+            || self.clear_range(map, offset, len),
+        )
     }
 
     fn clear_range(&self, map: &Map, offset: u64, len: u64) -> Result<(), Refused> {

@@ -24,14 +24,7 @@ impl Engine {
     /// The trees of a copy of the map as it is now, for a disk of at least its size. What little that takes others make room
     /// for, if they may.
     pub(crate) fn fork(&self, map: &Map, size: u64) -> Result<Trees, Refused> {
-        let mut again = false;
-        loop {
-            let forked = self.fork_frozen(&map.freeze(), size);
-            match forked {
-                Err(Refused::Full) if self.make_room(again) => again = true,
-                forked => return forked,
-            }
-        }
+        self.with_room(|refused| *refused == Refused::Full, || self.fork_frozen(&map.freeze(), size))
     }
 
     /// The same of a map that the caller froze.

@@ -480,19 +480,25 @@ fn who_needs_a_number_gets_one_while_others_give_back_what_is_free() {
     });
 }
 
+/// An engine that spills, and a map of three blocks, 1 to 3, that may leave.
+fn spilling() -> (tempfile::TempDir, Engine, Arc<Map>) {
+    let place = tempfile::tempdir_in("/dev/shm").unwrap();
+    let config = SpillConfig { file: place.path().join("spilled"), limit: ByteLen::mib(1) };
+    // less than what is spilled at a time, so that there is always reason to
+    let mut engine = engine(160, 100 << 10);
+    engine.spill = Some(Spill::open(&config, 160, false).unwrap());
+    engine.expect_spilling();
+    let a = map_with(&engine, Limits { when_full: WhenFull::Spill, ..Limits::default() });
+    engine.spill.as_ref().unwrap().watch(&a);
+    (0..3).for_each(|at| write(&engine, &a, at, at as u8 + 1).unwrap());
+    (place, engine, a)
+}
+
 #[test]
 fn blocks_go_to_the_disk_and_come_back_under_readers_and_writers() {
     explore(|| {
-        let place = tempfile::tempdir_in("/dev/shm").unwrap();
-        let config = SpillConfig { file: place.path().join("spilled"), limit: ByteLen::mib(1) };
-        // less than what is spilled at a time, so that there is always reason to
-        let mut engine = engine(160, 100 << 10);
-        engine.spill = Some(Spill::open(&config, 160, false).unwrap());
-        engine.expect_spilling();
-        let limits = Limits { when_full: WhenFull::Spill, ..Limits::default() };
-        let [a, b] = [map_with(&engine, limits), map(&engine)];
-        engine.spill.as_ref().unwrap().watch(&a);
-        (0..3).for_each(|at| write(&engine, &a, at, at as u8 + 1).unwrap());
+        let (_place, engine, a) = spilling();
+        let b = map(&engine);
         thread::scope(|scope| {
             scope.spawn(|| {
                 engine.make_room(false);
@@ -521,14 +527,7 @@ fn blocks_go_to_the_disk_and_come_back_under_readers_and_writers() {
 #[test]
 fn a_copy_is_whole_whose_blocks_are_on_their_way_to_the_disk() {
     explore(|| {
-        let place = tempfile::tempdir_in("/dev/shm").unwrap();
-        let config = SpillConfig { file: place.path().join("spilled"), limit: ByteLen::mib(1) };
-        let mut engine = engine(160, 100 << 10);
-        engine.spill = Some(Spill::open(&config, 160, false).unwrap());
-        engine.expect_spilling();
-        let a = map_with(&engine, Limits { when_full: WhenFull::Spill, ..Limits::default() });
-        engine.spill.as_ref().unwrap().watch(&a);
-        (0..3).for_each(|at| write(&engine, &a, at, at as u8 + 1).unwrap());
+        let (_place, engine, a) = spilling();
         let (mut copy, mut third) = (None, None);
         thread::scope(|scope| {
             scope.spawn(|| engine.make_room(true));

@@ -40,14 +40,10 @@ impl Store {
         for volume in &order {
             paid.insert(volume.id(), Disk::pay(inner, volume.disk.map.size(), Limits::default())?);
         }
-        let mut again = false;
-        let mut trees = loop {
-            match Self::fork_together(&inner.engine, &order) {
-                Ok(trees) => break trees,
-                Err((Refused::Full, _)) if inner.engine.make_room(again) => again = true,
-                Err((refused, volume)) => return Err(inner.refused(&volume.disk.map, refused)),
-            }
-        };
+        let mut trees = inner
+            .engine
+            .with_room(|(refused, _)| *refused == Refused::Full, || Self::fork_together(&inner.engine, &order))
+            .map_err(|(refused, volume)| inner.refused(&volume.disk.map, refused))?;
         let mut made = HashMap::new();
         for volume in &order {
             if let (Some(trees), Some(paid)) = (trees.remove(&volume.id()), paid.remove(&volume.id())) {
