@@ -7,7 +7,7 @@ use muster_common::{ByteLen, Digest, ErrorCode, SnapshotId, VolumeId};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
-    #[error("the memory budget of {budget} does not hold {needed} more")]
+    #[error("the memory budget of {budget} does not hold {needed} more: delete what is not needed, or raise it")]
     NoSpace { budget: ByteLen, needed: ByteLen },
     #[error("image {} is resident already", .0.short())]
     ImageExists(Digest),
